@@ -1,0 +1,270 @@
+"""The typed config tree of a run: strict, every fault named with its key, all faults at once."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mtp_jax.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TokenizerRecipe(_Section):
+    """A byte-level BPE tokenizer trained on the training data before the model is."""
+
+    vocabulary: int = Field(ge=258)
+
+
+class Scratch(_Section):
+    """A base model trained from scratch."""
+
+    config: dict[str, Any]  # a Hugging Face config.json, as a mapping
+    tokenizer: str | TokenizerRecipe  # a folder, or how to train one
+
+
+class Model(_Section):
+    """Which base model, and how it is computed."""
+
+    path: str | None = None  # a Hugging Face folder, bundled:NAME, or a hub name
+    scratch: Scratch | None = None
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # losses, norms and softmax are float32 always
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the folder a finished run writes
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
+
+
+class Source(_Section):
+    """One source of documents."""
+
+    kind: Literal["text", "python-stdlib"]
+    path: str | None = None  # text: a file, a folder (all *.txt below it) or a glob
+    separator: str | None = None  # text: what parts a file into documents; without it a file is one document
+    weight: float = Field(default=1.0, gt=0)  # share of the mixture, by documents
+    columns: dict[str, str] = {}  # for sources with columns; plain text has none
+
+
+class Data(_Section):
+    sources: list[Source] = Field(min_length=1)
+    held_out: float = Field(default=0.05, ge=0, lt=1)  # share of documents, chosen by a hash of their name
+
+
+class Train(_Section):
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)  # sequences per step, over all devices
+    sequence_length: int = Field(ge=2)  # tokens
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["flat", "cosine"] = "flat"  # after the warm-up; cosine falls to a tenth
+    weight_decay: float = Field(default=0.0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    accumulation: int = Field(default=1, ge=1)  # the batch is computed in this many parts
+    loss_chunk: int = Field(default=2048, ge=1)  # rows whose logits exist at a time
+
+
+class Evaluation(_Section):
+    every: int | None = Field(default=None, ge=1)  # steps; null for never
+    batches: int | None = Field(default=None, ge=1)  # held-out batches per evaluation; null for all
+
+
+class Checkpoints(_Section):
+    every: int = Field(default=100, ge=1)  # steps
+    keep: int = Field(default=2, ge=1)
+
+
+class Logging(_Section):
+    every: int = Field(default=1, ge=1)  # steps between lines of metrics.jsonl
+    tensorboard: bool = False
+    wandb: str | None = None  # project name
+
+
+class Mesh(_Section):
+    """Devices along each axis; -1 takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+class Config(_Section):
+    objective: Literal["next_token"]
+    output_dir: str
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    model: Model
+    data: Data
+    train: Train
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpoints = Checkpoints()
+    logging: Logging = Logging()
+    mesh: Mesh = Mesh()
+    compilation_cache: str | None = "~/.cache/mtp_jax/compiled"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's idea of a number (2e-4 is one), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(file: str, overrides: list[str]) -> Config:
+    """Read a YAML config and apply `dotted.key=value` overrides, which reach into lists by number.
+
+    Raises:
+        UserError: one fault per unknown key (with the nearest valid one), wrong value and contradiction.
+    """
+    tree = _parse_yaml(_read(file), file)
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: should hold a mapping of keys to values, not {type(tree).__name__}.")
+    for override in overrides:
+        _apply(tree, override)
+    return validate(tree, file)
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: the config cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: no valid YAML ({error}).") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"{override!r}: an override has the form dotted.key=value.")
+    value = _parse_yaml(text, override)
+    node: Any = tree
+    *parents, last = dotted.split(".")
+    for depth, name in enumerate(parents):
+        if isinstance(node, list):
+            node = _item(node, name, override)
+        else:
+            if node.get(name) is None:
+                node[name] = {}
+            node = node[name]
+        if not isinstance(node, dict | list):
+            raise UserError(f"{override!r}: {'.'.join(parents[: depth + 1])} is a value, it has no keys below it.")
+    if isinstance(node, list):
+        _item(node, last, override)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _item(node: list[Any], name: str, override: str) -> Any:
+    if not name.isdigit() or int(name) >= len(node):
+        raise UserError(f"{override!r}: {name!r} should be a number from 0 to {len(node) - 1}, the list's last.")
+    return node[int(name)]
+
+
+def validate(tree: dict[str, Any], where: str) -> Config:
+    """A config from a parsed tree; all faults are reported at once."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(*(f"{where}: {_explain(fault, tree)}" for fault in error.errors())) from error
+    if faults := _contradictions(config):
+        raise UserError(*(f"{where}: {fault}" for fault in faults))
+    return config
+
+
+def _explain(fault: Any, tree: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in fault["loc"] if part not in _UNION_TAGS)
+    kind = fault["type"]
+    if kind == "missing":
+        return f"{key} is missing."
+    if kind == "extra_forbidden":
+        valid = sorted(_keys_beside(fault["loc"]))
+        near = difflib.get_close_matches(str(fault["loc"][-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid here are {', '.join(valid)}."
+        elsewhere = [path for path in _all_keys(Config) if path.split(".")[-1] == fault["loc"][-1]]
+        if not near and elsewhere:
+            hint = f"did you mean {elsewhere[0]!r}?"
+        return f"{key} is not a key; {hint}"
+    message = fault["msg"].replace("Input should be", "should be")
+    return f"{key} {message}, not {fault['input']!r}."
+
+
+_UNION_TAGS = ("str", "TokenizerRecipe")
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside an annotation such as `list[Source]` or `Scratch | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((s for part in getattr(annotation, "__args__", ()) if (s := _section_of(part))), None)
+
+
+def _keys_beside(loc: tuple[Any, ...]) -> set[str]:
+    section: type[BaseModel] = Config
+    for part in loc[:-1]:
+        if part in section.model_fields:
+            section = _section_of(section.model_fields[part].annotation) or section
+    return set(section.model_fields)
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    paths = []
+    for name, field in section.model_fields.items():
+        paths.append(prefix + name)
+        if inner := _section_of(field.annotation):
+            paths += _all_keys(inner, f"{prefix}{name}.")
+    return paths
+
+
+def _contradictions(c: Config) -> list[str]:
+    faults = []
+    if (c.model.path is None) == (c.model.scratch is None):
+        faults.append("exactly one of model.path (a checkpoint) and model.scratch (a new model) must be given.")
+    for i, source in enumerate(c.data.sources):
+        key = f"data.sources.{i}"
+        if source.kind == "text" and source.path is None:
+            faults.append(f"{key}.path is missing; a text source reads a file, a folder or a glob.")
+        if source.kind == "python-stdlib" and (source.path is not None or source.separator is not None):
+            faults.append(f"{key}: python-stdlib is the library of the running Python and takes no path or separator.")
+        if source.columns:
+            faults.append(f"{key}.columns: a {source.kind} source has no columns.")
+        if source.separator == "":
+            faults.append(f"{key}.separator is empty; leave it out where a file is one document.")
+    if c.train.batch_size % c.train.accumulation:
+        faults.append(
+            f"train.batch_size={c.train.batch_size} does not divide into train.accumulation={c.train.accumulation} parts."
+        )
+    if c.train.warmup_steps >= c.train.steps and c.train.warmup_steps > 0:
+        faults.append(
+            f"train.warmup_steps={c.train.warmup_steps} leaves none of train.steps={c.train.steps} after the warm-up."
+        )
+    if c.evaluation.every is not None and c.data.held_out == 0:
+        faults.append("evaluation.every asks for held-out evaluation, but data.held_out is 0.")
+    sizes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
+    if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+        faults.append(f"mesh sizes {sizes} must be at least 1, and at most one of them -1 (what is left).")
+    return faults
+
+
+def dump(config: Config) -> str:
+    """The whole config, defaults included, as YAML."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)

@@ -1,0 +1,132 @@
+"""Where documents come from: each source lists its documents by name and reads one when asked."""
+
+import glob
+import hashlib
+import sysconfig
+import tokenize
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtp_jax.config import Data, Source
+from mtp_jax.errors import UserError
+
+# Of the library's own test packages, and of what is not the library.
+_NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A piece of a file, named independently of where the file lies on this machine."""
+
+    name: str
+    path: Path
+    start: int | None = None  # span in bytes; the whole file when None
+    end: int | None = None
+
+    def text(self) -> str:
+        data = self.path.read_bytes()
+        if self.start is None:
+            return _decode(self.path, data)
+        return data[self.start : self.end].decode("utf-8", errors="replace")
+
+    @property
+    def draw(self) -> float:
+        """A number in [0, 1) that depends on the name alone; the smallest ones are held out."""
+        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big") / 2**64
+
+
+def _decode(path: Path, data: bytes) -> str:
+    if path.suffix == ".py":  # source files may declare an encoding of their own
+        try:
+            with tokenize.open(path) as file:
+                return file.read()
+        except (SyntaxError, UnicodeDecodeError):
+            pass
+    return data.decode("utf-8", errors="replace")
+
+
+def python_stdlib() -> list[Document]:
+    """The source files of the running Python's standard library, its test packages left out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if not _NOT_STDLIB.intersection(relative.parts) and path.stat().st_size > 0:
+            files.append(Document(relative.as_posix(), path))
+    if not files:
+        raise UserError(f"python-stdlib: this Python keeps no source files in {root}.")
+    return files
+
+
+def text_files(source: Source, key: str) -> list[Document]:
+    """The documents of a text source: files, or pieces of files between separators."""
+    assert source.path is not None
+    base = Path(source.path).expanduser()
+    if base.is_dir():
+        paths, root = sorted(base.rglob("*.txt")), base
+    elif base.is_file():
+        paths, root = [base], base.parent
+    else:
+        paths = sorted(Path(p) for p in glob.glob(str(base), recursive=True) if Path(p).is_file())  # noqa: PTH207
+        root = base.parent
+    if not paths:
+        what = "holds no .txt file" if base.is_dir() else "no such file or folder, and no glob that matches one"
+        raise UserError(f"{key}.path: {source.path}: {what}.")
+    documents = []
+    for path in paths:
+        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+        if source.separator is None:
+            documents += [Document(name, path)] if path.stat().st_size else []
+        else:
+            documents += _pieces(path, name, source.separator.encode())
+    if not documents:
+        raise UserError(f"{key}.path: {source.path}: every file is empty.")
+    return documents
+
+
+def _pieces(path: Path, name: str, separator: bytes) -> list[Document]:
+    data, pieces, start = path.read_bytes(), [], 0
+    while start <= len(data):
+        end = data.find(separator, start)
+        end = len(data) if end < 0 else end
+        if data[start:end].strip():
+            pieces.append(Document(f"{name}#{len(pieces)}", path, start, end))
+        start = end + len(separator)
+    return pieces
+
+
+def documents(source: Source, key: str = "data.sources.0") -> list[Document]:
+    """All documents of a source, in a fixed order.
+
+    Raises:
+        UserError: a missing path or a source without text.
+    """
+    return python_stdlib() if source.kind == "python-stdlib" else text_files(source, key)
+
+
+def split(found: list[Document], held_out: float) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents, told apart by the hash of their name: alike on every machine."""
+    return [d for d in found if d.draw >= held_out], [d for d in found if d.draw < held_out]
+
+
+def read_sources(data: Data) -> tuple[list[list[Document]], list[Document]]:
+    """Training documents of every source, and the held-out documents of all.
+
+    Raises:
+        UserError: a missing path, a source without text, nothing to train on.
+    """
+    training, held_out, faults = [], [], []
+    for i, source in enumerate(data.sources):
+        key = f"data.sources.{i}"
+        try:
+            train, held = split(documents(source, key), data.held_out)
+        except UserError as error:
+            faults += error.faults
+            continue
+        if not train:
+            faults.append(f"{key}: all {len(held)} documents fall to the held-out part; lower data.held_out.")
+        training.append(train)
+        held_out += held
+    if faults:
+        raise UserError(*faults)
+    return training, held_out

@@ -1,0 +1,286 @@
+"""Hugging Face folders in: find one, read its config, stream its tensors into their final sharding."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mtp_jax.errors import UserError
+from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.weights import EMBED_KEY, UNEMBED_KEY, Params, Weight, build_tree, weight_table
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+_BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+# Files are mapped for one read at a time: pages of a map stay in memory until it is closed.
+_READ_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor of a folder lies."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def bundled_models() -> list[str]:
+    """Names that `bundled:NAME` accepts."""
+    root = Path(str(resources.files("mtp_jax.bundled")))
+    return sorted(path.parent.name for path in root.glob("*/config.json"))
+
+
+def find_folder(name: str) -> Path:
+    """The folder of `bundled:NAME`, of a local path, or of a Hugging Face hub name (downloaded when not yet here).
+
+    Raises:
+        UserError: nothing of that name, here or on the hub.
+    """
+    if name.startswith("bundled:"):
+        folder = Path(str(resources.files("mtp_jax.bundled"))) / name.removeprefix("bundled:")
+        if not (folder / "config.json").is_file():
+            raise UserError(f"there is no bundled model {name!r}; there is {', '.join(bundled_models()) or 'none'}.")
+        return folder
+    if (folder := Path(name).expanduser()).exists():
+        if not folder.is_dir():
+            raise UserError(f"{name}: a model is a folder with config.json and safetensors, and this is a file.")
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{name}: config.json is missing, so this is no Hugging Face model folder.")
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise UserError(f"{name}: no such folder; give a model folder, bundled:NAME, or a hub name such as org/model.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name}: no such folder here, and the Hugging Face hub did not give it: {reason}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: the file is missing, unreadable or no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+
+def read_geometry(folder: Path) -> Geometry:
+    """The geometry that a folder's `config.json` states."""
+    return Geometry.from_config(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder's safetensors files by name.
+
+    Raises:
+        UserError: no safetensors (pickle files are never read), a damaged file, a tensor stored twice or not at all.
+    """
+    faults: list[str] = []
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{folder / INDEX}: holds no weight_map from tensor names to files.")
+        files = [folder / Path(file).name for file in sorted(set(weight_map.values()))]
+    else:
+        weight_map = None
+        files = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+        found = f"only pickle files ({', '.join(pickles[:3])}), which are never loaded" if pickles else "no weights"
+        raise UserError(
+            f"{folder}: holds {found}; convert the model to safetensors: load it with transformers where you trust "
+            "its source, and call save_pretrained."
+        )
+    found: dict[str, Stored] = {}
+    for file in files:
+        try:
+            with safe_open(file, "numpy") as tensors:
+                for key in tensors.keys():  # noqa: SIM118  (not a dict)
+                    view = tensors.get_slice(key)
+                    if key in found:
+                        faults.append(f"{file}: {key} is also stored in {found[key].file.name}.")
+                    elif weight_map is not None and weight_map.get(key) != file.name:
+                        faults.append(f"{file}: {key} lies here, but {INDEX} says {weight_map.get(key, 'nothing')}.")
+                    elif view.get_dtype() not in _DTYPES and not _BUFFERS.search(key):
+                        faults.append(
+                            f"{file}: {key} is {view.get_dtype()}, but weights must be float32, bfloat16 or float16; "
+                            "a quantised checkpoint has to be dequantised first."
+                        )
+                    else:
+                        dtype = _DTYPES.get(view.get_dtype(), np.dtype(np.float32))
+                        found[key] = Stored(file, tuple(view.get_shape()), dtype)
+        except FileNotFoundError:
+            faults.append(f"{file}: is missing, though {INDEX} lists it; download it again.")
+        except (SafetensorError, OSError) as error:
+            faults.append(f"{file}: damaged or truncated ({error}); download it again.")
+    if faults:
+        raise UserError(*faults)
+    for key in sorted(set(weight_map or ()) - set(found)):
+        faults.append(f"{folder / INDEX}: lists {key}, which {weight_map[key]} does not hold.")  # type: ignore[index]
+    if faults:
+        raise UserError(*faults)
+    return found
+
+
+def match_table(table: tuple[Weight, ...], g: Geometry, stored: Mapping[str, Stored], folder: Path) -> dict[str, str]:
+    """Check that every stored tensor is used exactly once; returns stored names that replace the table's.
+
+    Raises:
+        UserError: one message that lists all missing, unexpected and misshapen tensors.
+    """
+    renamed: dict[str, str] = {}
+    unused = {key for key in stored if not _BUFFERS.search(key)}
+    if g.tied and UNEMBED_KEY in unused:  # a tied table is stored under either name, or twice alike
+        unused.remove(UNEMBED_KEY)
+        if EMBED_KEY not in stored:
+            renamed[EMBED_KEY] = UNEMBED_KEY
+        elif not _same(stored[EMBED_KEY], EMBED_KEY, stored[UNEMBED_KEY], UNEMBED_KEY):
+            raise UserError(
+                f"{folder}: config.json ties the embeddings, but {EMBED_KEY} and {UNEMBED_KEY} differ; "
+                "set tie_word_embeddings to false if both are meant."
+            )
+    missing, misshapen = [], []
+    for weight in table:
+        for name in weight.keys():
+            key = renamed.get(name, name)
+            unused.discard(key)
+            if key not in stored:
+                missing.append(name)
+            elif stored[key].shape != weight.stored_shape:
+                misshapen.append(f"{key} is {stored[key].shape}, should be {weight.stored_shape}")
+    problems = {"missing": missing, "unexpected": sorted(unused), "of the wrong shape": misshapen}
+    if any(problems.values()):
+        counts = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        raise UserError(f"{folder}: the tensors do not fit config.json. {counts}.")
+    return renamed
+
+
+def _same(a: Stored, a_key: str, b: Stored, b_key: str) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    rows = max(1, _READ_BYTES // max(1, a.shape[1] * a.dtype.itemsize))
+    spans = [slice(i, i + rows) for i in range(0, a.shape[0], rows)]
+    return all(read_slice(a, a_key, (s,)).tobytes() == read_slice(b, b_key, (s,)).tobytes() for s in spans)
+
+
+def read_slice(stored: Stored, key: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A slice of one stored tensor, copied out of the file."""
+    try:
+        with safe_open(stored.file, "numpy") as tensors:
+            return tensors.get_slice(key)[index]
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{stored.file}: {key} cannot be read ({error}); download it again.") from error
+
+
+def _read_into(target: np.ndarray, stored: Stored, key: str, index: tuple[slice, ...], transposed: bool) -> None:
+    """Fill `target` with our slice `index` of a stored tensor, a bounded number of bytes at a time."""
+    spans = [range(*s.indices(n)) for s, n in zip(index[::-1] if transposed else index, stored.shape, strict=True)]
+    row_bytes = stored.dtype.itemsize * int(np.prod([len(span) for span in spans[1:]], dtype=np.int64))
+    step = max(1, _READ_BYTES // max(1, row_bytes))
+    rest = tuple(slice(span.start, span.stop) for span in spans[1:])
+    view = target.T if transposed else target
+    for at in range(0, len(spans[0]), step):
+        first = spans[0].start + at
+        view[at : at + step] = read_slice(stored, key, (slice(first, min(first + step, spans[0].stop)), *rest))
+
+
+def load_params(
+    folder: Path,
+    g: Geometry,
+    dtype: jnp.dtype | None = None,
+    shardings: Callable[[Weight], jax.sharding.Sharding] | None = None,
+) -> Params:
+    """The weights of a Hugging Face folder as our tree, each streamed straight into its final sharding.
+
+    One stacked weight is in flight at a time: beside the target itself the host holds the shards of that weight which
+    belong to this process, and one bounded read.
+
+    Args:
+        folder: holds `config.json` and safetensors, single or sharded.
+        g: what `read_geometry(folder)` gave.
+        dtype: of the loaded weights; as stored by default.
+        shardings: the sharding of each weight; everything on the first device by default.
+    Raises:
+        UserError: tensors missing, unexpected, misshapen or unreadable.
+    """
+    table, stored = weight_table(g), stored_tensors(folder)
+    renamed = match_table(table, g, stored, folder)
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    items = []
+    for weight in table:
+        keys = [renamed.get(key, key) for key in weight.keys()]
+        kept = np.dtype(dtype or jnp.result_type(*{stored[key].dtype for key in keys}))
+
+        def read(index: tuple[slice, ...], weight: Weight = weight, keys: list[str] = keys, kept: np.dtype = kept):
+            index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, weight.shape, strict=True))
+            block = np.empty([s.stop - s.start for s in index], kept)
+            if weight.stacked:
+                for slot, layer in enumerate(range(index[0].start, index[0].stop)):
+                    _read_into(block[slot], stored[keys[layer]], keys[layer], index[1:], weight.transposed)
+            else:
+                _read_into(block, stored[keys[0]], keys[0], index, weight.transposed)
+            return block
+
+        sharding = shardings(weight) if shardings else one_device
+        leaf = jax.make_array_from_callback(weight.shape, sharding, read)
+        items.append((weight.path, jax.block_until_ready(leaf)))
+    return build_tree(items)
+
+
+def stored_dtype(folder: Path) -> np.dtype:
+    """The dtype most of a folder's tensors are stored in."""
+    return Counter(tensor.dtype for tensor in stored_tensors(folder).values()).most_common(1)[0][0]
+
+
+def load_tokenizer(folder: Path, g: Geometry) -> Any:
+    """The folder's tokenizer, checked against the vocabulary of the model.
+
+    Raises:
+        UserError: no tokenizer, one that needs code from the folder, or ids beyond the model's vocabulary.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"{folder}: holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json).")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the tokenizer library raises, the folder's files are at fault
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]}).") from error
+    top, token = max((id_, token) for token, id_ in tokenizer.get_vocab().items())
+    if top >= g.V:
+        raise UserError(
+            f"{folder}: the tokenizer has id {top} ({token!r}), but the model's vocabulary ends at {g.V - 1}; "
+            "tokenizer and model do not belong together."
+        )
+    return tokenizer
+
+
+def stop_ids(folder: Path) -> tuple[int, ...]:
+    """Token ids that end a text: of `generation_config.json`, else of `config.json`."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            value = read_json(folder / name).get("eos_token_id")
+            if value is not None:
+                return tuple(value) if isinstance(value, list) else (value,)
+    return ()

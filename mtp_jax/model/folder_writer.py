@@ -1,0 +1,96 @@
+"""Hugging Face folders out: stream our tree into sharded safetensors that `from_pretrained` loads."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from mtp_jax.model.folder import INDEX, SINGLE
+from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.weights import Params, leaf_at, weight_table
+
+SHARD_BYTES = 2 << 30
+
+
+def stored_form(params: Params, g: Geometry, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor under its Hugging Face name and in its layout, one at a time on the host."""
+    for weight in weight_table(g):
+        leaf = leaf_at(params, weight.path)
+        for slot, key in enumerate(weight.keys()):
+            tensor = np.asarray((leaf[slot] if weight.stacked else leaf).astype(dtype))
+            yield key, np.ascontiguousarray(tensor.T if weight.transposed else tensor)
+
+
+def write_folder(
+    out: Path,
+    params: Params,
+    g: Geometry,
+    config: dict[str, Any],
+    tokenizer: Any,
+    dtype: jnp.dtype,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model folder: safetensors, `config.json`, `generation_config.json` and the tokenizer.
+
+    Everything goes to a temporary folder beside `out`, which is renamed when complete: `out` is whole or absent.
+    An older `out` is replaced.
+    """
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    _write_tensors(part, stored_form(params, g, dtype), shard_bytes)
+    config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
+    config["dtype"] = jnp.dtype(dtype).name
+    _write_json(part / "config.json", config)
+    stops = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    _write_json(part / "generation_config.json", stops)
+    tokenizer.save_pretrained(part)
+    for path in part.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(out, ignore_errors=True)
+    part.rename(out)
+
+
+def _write_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+    shards: list[list[str]] = []
+    total, held, held_bytes = 0, {}, 0
+
+    def flush() -> None:
+        nonlocal held, held_bytes
+        save_file(held, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(held))
+        held, held_bytes = {}, 0
+
+    for key, tensor in tensors:
+        if held and held_bytes + tensor.nbytes > shard_bytes:
+            flush()
+        held[key] = tensor
+        held_bytes += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "0.part").rename(folder / SINGLE)
+        return
+    weight_map = {}
+    for i, keys in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{i}.part").rename(folder / name)
+        weight_map |= dict.fromkeys(keys, name)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def parameter_count(params: Params) -> int:
+    """Number of weights in a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,111 @@
+"""Rotary position embeddings: frequencies from `config.json`, in every scaling the supported families use."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+_REQUIRED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Angular frequency of each pair of head dimensions, and the factor that scales cos and sin (yarn).
+
+    `dynamic` scaling equals `default` up to `max_position_embeddings`, beyond which we refuse to go.
+    """
+
+    inv_freq: tuple[float, ...]  # [H/2], radians per position
+    scale: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], H: int, max_positions: int, where: str, faults: list[str]) -> "Rope":
+        """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4); faults are appended."""
+        rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if any(isinstance(value, dict) for value in rope.values()):
+            kind = "a different one per layer type"
+        if kind not in _KINDS:
+            faults.append(f"{where}: RoPE scaling {kind!r} is not supported, only {', '.join(_KINDS)}.")
+            return cls(())
+        missing = [key for key in _REQUIRED.get(kind, ()) if rope.get(key) is None]
+        if missing:
+            faults.append(f"{where}: RoPE scaling {kind!r} needs {', '.join(missing)} beside it.")
+            return cls(())
+        partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+        if partial != 1.0:
+            faults.append(f"{where}: partial_rotary_factor={partial} is not supported, only 1.0.")
+            return cls(())
+        theta = np.float32(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+        original = (
+            config.get("original_max_position_embeddings")
+            or rope.get("original_max_position_embeddings")
+            or max_positions
+        )
+        # float32 throughout, in the order in which the models were trained, so that angles agree to the last bit.
+        plain = np.float32(1) / theta ** (np.arange(0, H, 2, dtype=np.float32) / np.float32(H))
+        scale = 1.0
+        if kind == "linear":
+            plain = plain / np.float32(rope["factor"])
+        elif kind == "llama3":
+            plain = _llama3(plain, rope, original)
+        elif kind == "yarn":
+            plain, scale = _yarn(plain, float(theta), rope, original)
+        return cls(tuple(float(f) for f in plain), scale)
+
+
+def _llama3(plain: np.ndarray, rope: dict[str, Any], original: int) -> np.ndarray:
+    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], np.float32(rope["factor"])
+    wavelength = np.float32(2 * math.pi) / plain
+    smooth = (np.float32(original) / wavelength - np.float32(low)) / np.float32(high - low)
+    between = (1 - smooth) * plain / factor + smooth * plain
+    stretched = np.where(wavelength > original / low, plain / factor, between)
+    return np.where(wavelength < original / high, plain, stretched).astype(np.float32)
+
+
+def _yarn(plain: np.ndarray, theta: float, rope: dict[str, Any], original: int) -> tuple[np.ndarray, float]:
+    """YaRN (arXiv 2309.00071, section 3): a ramp from kept to interpolated frequencies, and a scale on cos and sin."""
+    factor, H = float(rope["factor"]), 2 * len(plain)
+
+    def dimension(rotations: float) -> float:
+        return H * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, H - 1)
+    ramp = np.clip((np.arange(H // 2, dtype=np.float32) - low) / ((high - low) or 0.001), 0, 1).astype(np.float32)
+
+    def magnitude(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    scale = rope.get("attention_factor")
+    if scale is None:
+        m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
+        scale = magnitude(m) / magnitude(m_all) if m and m_all else magnitude(1.0)
+    return plain / np.float32(factor) * ramp + plain * (1 - ramp), float(scale)
+
+
+def angles(rope: Rope, positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]]:
+    """Cosine and sine of every position's rotation, float32, to be shared by all layers and heads."""
+    angle = positions[..., None, None].astype(jnp.float32) * jnp.asarray(rope.inv_freq, jnp.float32)
+    return jnp.cos(angle) * rope.scale, jnp.sin(angle) * rope.scale
+
+
+def rotate(
+    x: Float[Array, "B T heads H"], cos: Float[Array, "B T 1 H/2"], sin: Float[Array, "B T 1 H/2"]
+) -> Float[Array, "B T heads H"]:
+    """Rotate the pairs (h, h + H/2) of every head, in x's dtype as the checkpoints were trained."""
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,0 +1,23 @@
+"""`python -m mtp_jax.train --config FILE [dotted.key=value ...]`: run or resume a training run."""
+
+import argparse
+
+from mtp_jax.errors import run_command
+
+
+def main() -> None:
+    """Parse, train, say where the result is."""
+    parser = argparse.ArgumentParser(prog="python -m mtp_jax.train", description=__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="for instance train.steps=100")
+    arguments = parser.parse_args()
+    from mtp_jax.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from mtp_jax.training.run import train
+
+    print(f"model: {train(config)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,70 @@
+"""Checkpoints: what is trained, its optimizer, the step and the data iterator, saved in the background by Orbax."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+from mtp_jax.config import Checkpoints as CheckpointConfig
+from mtp_jax.errors import UserError
+from mtp_jax.training.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoint folder of a run. A checkpoint exists under its final name only when it is complete."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig):
+        # Orbax warns of choices made here on purpose and of every step it takes.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        self.folder = folder
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint."""
+        return self.manager.latest_step()
+
+    def save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
+        """Start saving; the arrays are copied before this returns, so that the state may be donated."""
+        self.manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state._asdict()), data=grain.checkpoint.CheckpointSave(batches)
+            ),
+        )
+
+    def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator) -> TrainState:
+        """The state of a checkpoint, placed like `like` (shapes and shardings); `batches` moves to where it was.
+
+        Raises:
+            UserError: a checkpoint that cannot be read.
+        """
+        try:
+            restored = self.manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like._asdict()), data=grain.checkpoint.CheckpointRestore(batches)
+                ),
+            )
+        except Exception as error:  # damage shows as whatever the reader stumbles over
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{self.folder / str(step)}: the checkpoint cannot be restored ({reason}); "
+                "delete this folder to resume from the one before it."
+            ) from error
+        return jax.block_until_ready(TrainState(**restored["state"]))
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of a tree with the shardings it shall have."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

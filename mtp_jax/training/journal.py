@@ -1,0 +1,80 @@
+"""What a run writes about itself: metrics.jsonl (deterministic), timing.jsonl (the rest), and trackers on request."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mtp_jax.config import Config
+from mtp_jax.errors import UserError
+
+
+class Journal:
+    """A file of JSON lines, each with a `step`. Every line reaches the system before `write` returns."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = path.open("a", encoding="utf-8")
+
+    def cut(self, step: int) -> None:
+        """Drop what was written after `step`, and a last line that a crash left unfinished."""
+        self.file.close()
+        kept = [line for line in self.path.read_bytes().splitlines(keepends=True) if _step(line, step + 1) <= step]
+        part = self.path.with_name(f".{self.path.name}.part")
+        part.write_bytes(b"".join(kept))
+        part.replace(self.path)
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line."""
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """Force everything to disk."""
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+def _step(line: bytes, broken: int) -> int:
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else broken
+    except (ValueError, KeyError, TypeError):
+        return broken
+
+
+class Trackers:
+    """TensorBoard and Weights & Biases, each only where the config asks for it."""
+
+    def __init__(self, config: Config, run_dir: Path):
+        self.board = self.wandb = None
+        if config.logging.tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError as error:
+                raise UserError("logging.tensorboard needs a package: pip install 'mtp_jax[tensorboard]'.") from error
+            self.board = SummaryWriter(str(run_dir / "tensorboard"))
+        if config.logging.wandb:
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("logging.wandb needs a package: pip install 'mtp_jax[wandb]'.") from error
+            self.wandb = wandb.init(
+                project=config.logging.wandb, id=run_dir.name, resume="allow", dir=run_dir, config=config.model_dump()
+            )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Record the numbers of one step."""
+        values = {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, record["step"])
+        if self.wandb:
+            self.wandb.log(values, step=record["step"])
+
+    def close(self) -> None:
+        """Finish both."""
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()

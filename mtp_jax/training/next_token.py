@@ -1,0 +1,41 @@
+"""The objective `next_token`: train or fine-tune all base weights on the text itself."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mtp_jax.data.pipeline import Batch
+from mtp_jax.model.decoder import Decoder
+from mtp_jax.mtp.vocabulary import cross_entropy_sums, sum_over_chunks
+from mtp_jax.training.step import Metrics
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Mean cross-entropy of the next token over supervised rows; nothing is frozen."""
+
+    model: Decoder
+    loss_chunk: int
+
+    def totals(self, batch: Batch) -> Float[Array, ""]:
+        """Number of supervised rows."""
+        return jnp.maximum(jnp.sum(batch["supervised"]), 1).astype(jnp.float32)
+
+    def loss(self, trained: Any, frozen: Any, part: Batch, totals: Float[Array, ""]) -> tuple[Array, Metrics]:
+        """Share of the loss in nats per token, and of `loss` and `accuracy`."""
+        del frozen
+        shares = {name: value / totals for name, value in self.sums(trained, part).items()}
+        return shares["loss"], shares
+
+    def sums(self, params: Any, batch: Batch) -> Metrics:
+        """Cross-entropy and right guesses summed over the supervised rows."""
+        variables = {"params": params}
+        latents, _ = self.model.apply(variables, batch["tokens"], batch["positions"], batch["segments"])
+
+        def chunk(rows: tuple[Array, Array, Array]) -> Metrics:
+            latents, labels, supervised = rows
+            return cross_entropy_sums(self.model.apply(variables, latents, method="logits"), labels, supervised)
+
+        return sum_over_chunks(chunk, (latents, batch["labels"], batch["supervised"]), self.loss_chunk)

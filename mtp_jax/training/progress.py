@@ -1,0 +1,49 @@
+"""The bar a person watches: loss and time left; plain lines now and then where there is no terminal."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class ProgressBar:
+    """Use as a context; `update` after every step."""
+
+    def __init__(self, steps: int, start: int):
+        self.console = Console(stderr=True)
+        self.steps, self.begin, self.start = steps, time.monotonic(), start
+        self.last_line = self.begin
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=steps, completed=start, loss=float("nan"))
+
+    def __enter__(self) -> "ProgressBar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def update(self, step: int, loss: float) -> None:
+        """Show that `step` is done."""
+        self.bar.update(self.task, completed=step, loss=loss)
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self.last_line > _SECONDS_BETWEEN_LINES or step == self.steps):
+            self.last_line = now
+            left = (now - self.begin) / max(step - self.start, 1) * (self.steps - step)
+            self.say(f"step {step}/{self.steps}  loss {loss:.4f}  {left / 60:.1f} min left")
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,256 @@
+"""A training run from config to finished model, and from wherever an earlier attempt was cut off."""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.config import Config, dump
+from mtp_jax.data.pipeline import Batch, held_out_batches, training_batches
+from mtp_jax.data.sources import Document, read_sources
+from mtp_jax.errors import UserError
+from mtp_jax.model.folder_writer import write_folder
+from mtp_jax.model.weights import build_tree, weight_table
+from mtp_jax.training import sharding
+from mtp_jax.training.base import find_base, load_base, make_decoder
+from mtp_jax.training.checkpoints import Checkpoints, abstract
+from mtp_jax.training.evaluation import make_evaluate
+from mtp_jax.training.journal import Journal, Trackers
+from mtp_jax.training.next_token import NextToken
+from mtp_jax.training.optimizer import learning_rate, make_optimizer
+from mtp_jax.training.progress import ProgressBar
+from mtp_jax.training.step import TrainState, make_train_step
+
+# A run may continue with other values of these; anything else would change what it computes.
+_FREE = ("output_dir", "checkpoints", "logging", "compilation_cache", "mesh")
+
+
+def train(config: Config) -> Path:
+    """Run `config`, continuing from the newest checkpoint in its output folder; returns the finished model's folder.
+
+    Raises:
+        UserError: input that cannot be trained on, an output folder of another run, a loss that is not finite.
+    """
+    # ---- where everything lies, checked before anything is written
+    mesh = sharding.make_mesh(config.mesh)
+    _check_divides(config, mesh)
+    run_dir = Path(config.output_dir).expanduser()
+    training, held_out = read_sources(config.data)
+    if config.evaluation.every is not None and not held_out:
+        raise UserError(
+            "evaluation.every is set, but no document fell to the held-out part: add documents, set "
+            "data.sources.N.separator to part a file into documents, raise data.held_out, or unset evaluation.every."
+        )
+    _claim(run_dir, config)
+    enable_compilation_cache(config.compilation_cache)
+
+    with sharding.on(mesh):
+        # ---- model, data, objective
+        base = find_base(config, training, run_dir)
+        batches, documents = training_batches(
+            training,
+            [source.weight for source in config.data.sources],
+            base.tokenizer,
+            config.train.batch_size,
+            config.train.sequence_length,
+            config.seed,
+        )
+        objective = NextToken(make_decoder(base, config), config.train.loss_chunk)
+        spread = sharding.batch_sharding(mesh)
+
+        def place(batch: Batch) -> dict[str, jax.Array]:
+            return {name: jax.device_put(value, spread) for name, value in batch.items() if name != "documents"}
+
+        # ---- state: shapes first, so that a restored run never holds two
+        decays = build_tree([(weight.path, weight.decays) for weight in weight_table(base.g)])
+        tx = make_optimizer(config.train, decays)
+        weights = sharding.params_sharding(mesh, base.g)
+        trained = jax.eval_shape(lambda: load_shapes(base.g))
+        placed = TrainState(
+            sharding.replicated(mesh), weights, sharding.optimizer_sharding(mesh, tx, trained, weights)
+        )
+        shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(tx.init, trained))
+        checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoints)
+        start = checkpoints.latest()
+        if start is not None:
+            state = checkpoints.restore(start, abstract(shapes, placed), batches)
+        else:
+            params = load_base(base, mesh, config.seed, jnp.float32)
+            optimizer = jax.jit(tx.init, out_shardings=placed.optimizer)(params)
+            state = TrainState(jax.device_put(jnp.int32(0), placed.step), params, optimizer)
+        start = start or 0
+
+        # ---- records, cut back to where the state is
+        metrics, timing = Journal(run_dir / "metrics.jsonl"), Journal(run_dir / "timing.jsonl")
+        metrics.cut(start)
+        timing.cut(start)
+        trackers = Trackers(config, run_dir)
+
+        # ---- steps
+        step_fn = jax.jit(
+            make_train_step(objective, tx, learning_rate(config.train), config.train.accumulation),
+            donate_argnums=0,
+            out_shardings=(placed, sharding.replicated(mesh)),
+        )
+        evaluate = make_evaluate(objective, place)
+
+        def held_out_figures(params: Any) -> dict[str, float]:
+            held = held_out_batches(
+                held_out, base.tokenizer, config.train.batch_size, config.train.sequence_length, config.evaluation.batches
+            )
+            return {f"held_out_{name}": value for name, value in evaluate(params, held).items()}
+
+        with ProgressBar(config.train.steps, start) as progress:
+            if start:
+                progress.say(f"resuming {run_dir} from step {start}")
+            record = _Recorder(config, metrics, timing, trackers, progress, documents)
+            for step in range(start + 1, config.train.steps + 1):
+                waited = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - waited
+                state, values = step_fn(state, None, place(batch))
+                record.step(step, values, batch, waited)  # reads the step before, while this one runs
+                due = step == config.train.steps
+                if config.evaluation.every and (due or step % config.evaluation.every == 0):
+                    record.finish()
+                    record.line(step, held_out_figures(state.trained))
+                if due or step % config.checkpoints.every == 0:
+                    record.finish()  # nothing after a non-finite loss is ever saved
+                    checkpoints.save(state, batches)
+            record.finish()
+
+        # ---- the finished model
+        checkpoints.close()
+        out = run_dir / "model"
+        dtype = jnp.dtype(config.model.save_dtype)
+        write_folder(out, state.trained, base.g, base.config, base.tokenizer, dtype)
+        for journal in (metrics, timing, trackers):
+            journal.close()
+    return out
+
+
+class _Recorder:
+    """Writes each step's numbers one step late, so that the devices never wait for the host to read them."""
+
+    def __init__(
+        self,
+        config: Config,
+        metrics: Journal,
+        timing: Journal,
+        trackers: Trackers,
+        progress: ProgressBar,
+        documents: list[Document],
+    ):
+        self.config, self.metrics, self.timing = config, metrics, timing
+        self.trackers, self.progress, self.documents = trackers, progress, documents
+        self.pending: tuple[int, Any, Batch, float] | None = None
+        self.clock = time.perf_counter()
+
+    def step(self, step: int, values: Any, batch: Batch, waited: float) -> None:
+        self.finish()
+        self.pending = (step, values, batch, waited)
+
+    def finish(self) -> None:
+        """Read and write the pending step; raises UserError where its loss is not finite."""
+        if self.pending is None:
+            return
+        step, values, batch, waited = self.pending
+        self.pending = None
+        values = {name: float(value) for name, value in values.items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            raise UserError(self._not_finite(step, values, batch))
+        seconds = time.perf_counter() - self.clock
+        self.clock = time.perf_counter()
+        self.progress.update(step, values["loss"])
+        if step % self.config.logging.every == 0 or step == self.config.train.steps:
+            self.line(step, values)
+            rows = batch["tokens"].size
+            self.timing.write(
+                {
+                    "step": step,
+                    "seconds": round(seconds, 6),
+                    "rows_per_second": round(rows / seconds, 1),
+                    "tokens_per_second": round(int((batch["segments"] != 0).sum()) / seconds, 1),
+                    "input_wait_seconds": round(waited, 6),
+                }
+            )
+
+    def line(self, step: int, values: dict[str, float]) -> None:
+        record = {"step": step, **values}
+        self.metrics.write(record)
+        self.trackers.write(record)
+        if "held_out_loss" in values:
+            self.progress.say(
+                f"step {step}  held-out loss {values['held_out_loss']:.4f}  accuracy {values['held_out_accuracy']:.4f}"
+            )
+
+    def _not_finite(self, step: int, values: dict[str, float], batch: Batch) -> str:
+        names = [self.documents[i].name for i in np.unique(batch["documents"][batch["segments"] != 0])]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return (
+            f"the loss at step {step} is not finite (loss {values['loss']}, gradient norm {values['gradient_norm']}); "
+            f"batch {step} holds {shown}. Nothing of this step was saved: lower train.learning_rate or mend the data, "
+            "and start again to resume from the last checkpoint."
+        )
+
+
+def load_shapes(g: Any) -> Any:
+    """Float32 master weights of every row of the table, for `jax.eval_shape`."""
+    return build_tree([(weight.path, jnp.zeros(weight.shape, jnp.float32)) for weight in weight_table(g)])
+
+
+def _check_divides(config: Config, mesh: jax.sharding.Mesh) -> None:
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    part = config.train.batch_size // config.train.accumulation
+    if part % ways:
+        raise UserError(
+            f"train.batch_size / train.accumulation = {part} sequences do not divide over data x fsdp = {ways} devices."
+        )
+
+
+def _claim(run_dir: Path, config: Config) -> None:
+    """Make the output folder this run's, or check that it already is."""
+    written = run_dir / "config.yaml"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if written.exists():
+            _check_same_run(written, config)
+        part = run_dir / ".config.yaml.part"
+        part.write_text(dump(config), encoding="utf-8")
+        part.replace(written)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"output_dir: {run_dir} cannot be written ({error.strerror}).") from error
+
+
+def _check_same_run(written: Path, config: Config) -> None:
+    import yaml
+
+    before, now = yaml.safe_load(written.read_text(encoding="utf-8")) or {}, config.model_dump()
+    changed = [path for path in _changes(before, now) if path.split(".")[0] not in _FREE]
+    if changed:
+        raise UserError(
+            f"output_dir: {written.parent} holds a run with other values of {', '.join(changed)}; "
+            "choose another output_dir, or delete this one to start afresh."
+        )
+
+
+def _changes(a: Any, b: Any, path: str = "") -> Iterator[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            yield from _changes(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from _changes(x, y, f"{path}.{i}")
+    elif a != b:
+        yield path
+
+
+def enable_compilation_cache(folder: str | None) -> None:
+    """Keep compiled programs between runs."""
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))

@@ -1,0 +1,88 @@
+"""Where everything lies: the device mesh, and the one table from logical axes to mesh axes."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from mtp_jax.config import Mesh as MeshConfig
+from mtp_jax.errors import UserError
+from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.weights import Params, Weight, build_tree, weight_table
+
+AXES = ("data", "fsdp", "tensor")
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("rows", None),
+    ("layers", None),
+    ("embed", "fsdp"),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+)
+
+
+def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
+    """The mesh a config asks for.
+
+    Raises:
+        UserError: sizes that do not multiply to the number of devices.
+    """
+    sizes, devices = [config.data, config.fsdp, config.tensor], jax.device_count()
+    if -1 in sizes:
+        rest = -sizes[0] * sizes[1] * sizes[2]
+        sizes[sizes.index(-1)] = devices // rest
+    if sizes[0] * sizes[1] * sizes[2] != devices:
+        asked = f"data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}"
+        raise UserError(f"mesh: {asked} does not multiply to the {devices} devices here; change one, or set it to -1.")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@contextlib.contextmanager
+def on(mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """Within: the model's logical axis names mean axes of this mesh."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def sharding_of(mesh: jax.sharding.Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of logical axes; an axis that a mesh axis does not divide is replicated."""
+    spec = nn.logical_to_mesh_axes(axes, RULES)
+    kept = [name if name and size % mesh.shape[name] == 0 else None for name, size in zip(spec, shape, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*kept))
+
+
+def weight_sharding(mesh: jax.sharding.Mesh, weight: Weight) -> NamedSharding:
+    """The sharding of one row of the weight table."""
+    return sharding_of(mesh, weight.axes, weight.shape)
+
+
+def params_sharding(mesh: jax.sharding.Mesh, g: Geometry) -> Params:
+    """The sharding of every base weight."""
+    return build_tree([(weight.path, weight_sharding(mesh, weight)) for weight in weight_table(g)])
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Sequences are spread over the data and fsdp axes."""
+    return NamedSharding(mesh, nn.logical_to_mesh_axes(("batch", "rows"), RULES))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def optimizer_sharding(mesh: jax.sharding.Mesh, tx: optax.GradientTransformation, trained: Any, shardings: Any) -> Any:
+    """Optimizer state lies where the weights lie that it belongs to; the rest is replicated.
+
+    Left to itself jit would replicate the state on every device.
+    """
+    state = jax.eval_shape(tx.init, trained)
+    return optax.tree.map_params(
+        tx, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: replicated(mesh)
+    )

@@ -1,0 +1,60 @@
+"""One training step: gradients of whatever the objective trains, accumulated over parts of the batch."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+class TrainState(NamedTuple):
+    """What a run changes, and what its checkpoints hold. The frozen base is not in it."""
+
+    step: Int[Array, ""]
+    trained: Any
+    optimizer: Any
+
+
+class Objective(Protocol):
+    """What a step minimises. Losses are means over a whole batch, so its parts need the batch's totals."""
+
+    def totals(self, batch: Any) -> Any:
+        """What the sums of the whole batch are divided by."""
+
+    def loss(self, trained: Any, frozen: Any, part: Any, totals: Any) -> tuple[Float[Array, ""], Metrics]:
+        """This part's share of the loss and of every metric: shares add up to the batch's values."""
+
+
+def make_train_step(
+    objective: Objective, tx: optax.GradientTransformation, schedule: optax.Schedule, accumulation: int
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
+    """A step as a pure function (state, frozen, batch) -> (state, metrics)."""
+
+    def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        totals = objective.totals(batch)
+        gradient = jax.grad(objective.loss, has_aux=True)
+
+        def share(part: Any) -> tuple[Any, Metrics]:
+            return gradient(state.trained, frozen, part, totals)
+
+        if accumulation == 1:
+            gradients, metrics = share(batch)
+        else:
+            # Parts take every accumulation-th sequence: each device then keeps its own sequences.
+            parts = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+            zero = jax.tree.map(
+                lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(share, jax.tree.map(lambda x: x[0], parts))
+            )
+            (gradients, metrics), _ = jax.lax.scan(
+                lambda sums, part: (jax.tree.map(jnp.add, sums, share(part)), None), zero, parts
+            )
+        updates, optimizer = tx.update(gradients, state.optimizer, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
+        return TrainState(state.step + 1, trained, optimizer), metrics
+
+    return train_step
