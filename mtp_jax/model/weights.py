@@ -118,7 +118,13 @@ def abstract_params(g: Geometry, dtype: jnp.dtype) -> Params:
 
 
 def unstack_layers(params: Params) -> Params:
-    """The same weights with a dict per layer in place of the stacked one, for decoding without a scan."""
-    L = jax.tree.leaves(params["layers"])[0].shape[0]
-    layers = {f"layer_{i}": jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(L)}
-    return {name: leaf for name, leaf in params.items() if name != "layers"} | layers
+    """The same weights with a dict per layer in place of the stacked one, for decoding without a scan.
+
+    The stacked weights are consumed one after another, so that never more than one of them exists twice.
+    """
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    items = []
+    for path, leaf in [((name, kind), leaf) for name, leaves in params["layers"].items() for kind, leaf in leaves.items()]:
+        items += [((f"layer_{i}", *path), layer) for i, layer in enumerate(leaf)]
+        leaf.delete()
+    return rest | build_tree(items)
