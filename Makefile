@@ -33,10 +33,10 @@ clean: ## remove the environment and everything built; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find mtp_jax tests -name __pycache__ -prune -exec rm -rf {} +
 
+# Debian's python3 may come without ensurepip; its pip can then serve the new environment.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: mtp_jax needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 2; }
-	# Debian's python3 may come without ensurepip; its pip can then serve the new environment.
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 		$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
 
