@@ -176,7 +176,7 @@ def listing(folder):
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
-# What random models hold unless a test says otherwise. A head width of 16 is not D/N; a theta of 100 turns far in 48 rows.
+# What random models hold unless a test says otherwise: a head width that is not D/N, a theta that bites in 48 rows.
 TINY = {
     "vocab_size": 96,
     "hidden_size": 32,
