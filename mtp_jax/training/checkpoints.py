@@ -1,6 +1,7 @@
 """Checkpoints: what is trained, its optimizer, the step and the data iterator, saved in the background by Orbax."""
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,14 @@ class Checkpoints:
         self.manager.check_for_errors()
 
     def __enter__(self) -> "Checkpoints":
+        self.say_unraisable = sys.unraisablehook
+        sys.unraisablehook = self._unraisable
         return self
+
+    def _unraisable(self, what: Any) -> None:
+        # When the writing of one array fails, the others report to an event loop that Orbax has closed by then.
+        if "Event loop is closed" not in str(what.exc_value):
+            self.say_unraisable(what)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         failures = []
@@ -82,6 +90,7 @@ class Checkpoints:
             raise UserError(*error.faults, fault) from failures[0]
         if failures:
             raise failures[0]
+        sys.unraisablehook = self.say_unraisable
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
