@@ -21,8 +21,10 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig):
-        # Orbax warns of choices made here on purpose and logs, with tracebacks, the errors that it then raises.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # Orbax warns of choices made here on purpose and logs, with tracebacks, the errors that it then raises; asyncio
+        # does so for the arrays that were not waited for after the first error.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
