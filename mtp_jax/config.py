@@ -1,7 +1,9 @@
 """The typed config tree of a run: strict, every fault named with its key, all faults at once."""
 
+import contextlib
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from mtp_jax.errors import UserError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class TokenizerRecipe(_Section):
@@ -94,7 +96,7 @@ class Mesh(_Section):
 
 class Config(_Section):
     objective: Literal["next_token"]
-    output_dir: str
+    output_dir: str = Field(min_length=1)
     seed: int = Field(default=0, ge=0, lt=2**31)
     model: Model
     data: Data
@@ -109,11 +111,12 @@ class Config(_Section):
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's idea of a number (2e-4 is one), and no key twice."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+            raise yaml.composer.ComposerError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -132,8 +135,14 @@ def load_config(file: str, overrides: list[str]) -> Config:
     tree = _parse_yaml(_read(file), file)
     if not isinstance(tree, dict):
         raise UserError(f"{file}: should hold a mapping of keys to values, not {type(tree).__name__}.")
+    faults: list[str] = []
     for override in overrides:
-        _apply(tree, override)
+        try:
+            _apply(tree, override)
+        except UserError as error:
+            faults += error.faults
+    if faults:
+        raise UserError(*faults)
     return validate(tree, file)
 
 
@@ -146,18 +155,18 @@ def _read(file: str) -> str:
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: no valid YAML ({error}).") from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
+    *parents, last = dotted.split(".")
+    if not equals or not all([*parents, last]):
         raise UserError(f"{override!r}: an override has the form dotted.key=value.")
     value = _parse_yaml(text, override)
     node: Any = tree
-    *parents, last = dotted.split(".")
     for depth, name in enumerate(parents):
         if isinstance(node, list):
             node = _item(node, name, override)
@@ -175,40 +184,63 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _item(node: list[Any], name: str, override: str) -> Any:
-    if not name.isdigit() or int(name) >= len(node):
-        raise UserError(f"{override!r}: {name!r} should be a number from 0 to {len(node) - 1}, the list's last.")
+    if not name.isdecimal() or int(name) >= len(node):
+        right = (
+            f"should be a number from 0 to {len(node) - 1}, the list's last"
+            if node
+            else "is not there, the list is empty"
+        )
+        raise UserError(f"{override!r}: {name!r} {right}.")
     return node[int(name)]
 
 
 def validate(tree: dict[str, Any], where: str) -> Config:
     """A config from a parsed tree; all faults are reported at once."""
+    faults: list[str] = []
+    bad: set[tuple[Any, ...]] = set()
+    config = None
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(*(f"{where}: {_explain(fault, tree)}" for fault in error.errors())) from error
-    if faults := _contradictions(config):
+        for fault in error.errors():
+            # Where a text or a section may stand, each is tried: report the one that was meant.
+            if fault["loc"][-1] == ("str" if isinstance(fault["input"], dict) else "TokenizerRecipe"):
+                continue
+            loc = tuple(part for part in fault["loc"] if part not in _UNION_TAGS)
+            text, meant = _explain({**fault, "loc": loc})
+            faults.append(text)
+            bad |= {loc, meant}
+    faults += _contradictions(_readable(Config, tree, bad))
+    if config is None or faults:
         raise UserError(*(f"{where}: {fault}" for fault in faults))
     return config
 
 
-def _explain(fault: Any, tree: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in fault["loc"] if part not in _UNION_TAGS)
-    kind = fault["type"]
-    if kind == "missing":
-        return f"{key} is missing."
-    if kind == "extra_forbidden":
-        valid = sorted(_keys_beside(fault["loc"]))
-        near = difflib.get_close_matches(str(fault["loc"][-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid here are {', '.join(valid)}."
-        elsewhere = [path for path in _all_keys(Config) if path.split(".")[-1] == fault["loc"][-1]]
-        if not near and elsewhere:
-            hint = f"did you mean {elsewhere[0]!r}?"
-        return f"{key} is not a key; {hint}"
-    message = fault["msg"].replace("Input should be", "should be")
-    return f"{key} {message}, not {fault['input']!r}."
-
-
 _UNION_TAGS = ("str", "TokenizerRecipe")
+_LONGEST = 80  # characters of a wrong value that a message repeats
+
+
+def _explain(fault: Any) -> tuple[str, tuple[Any, ...]]:
+    """What is wrong, and the place of the key that was meant."""
+    loc, kind = fault["loc"], fault["type"]
+    key = ".".join(str(part) for part in loc)
+    if kind == "missing":
+        return f"{key} is missing.", loc
+    if kind == "extra_forbidden":
+        valid = sorted(_keys_beside(loc))
+        near = difflib.get_close_matches(str(loc[-1]), valid, n=1, cutoff=0.5)
+        elsewhere = [path for path in _all_keys(Config) if path.split(".")[-1] == loc[-1]]
+        if near:
+            return f"{key} is not a key; did you mean {near[0]!r}?", (*loc[:-1], near[0])
+        if elsewhere:
+            return f"{key} is not a key; did you mean {elsewhere[0]!r}?", tuple(elsewhere[0].split("."))
+        return f"{key} is not a key; valid here are {', '.join(valid)}.", loc
+    said = repr(fault["input"])
+    said = said if len(said) <= _LONGEST else said[: _LONGEST - 3] + "..."
+    if kind == "too_short":
+        return f"{key} should have at least {fault['ctx']['min_length']} entry, not {said}.", loc
+    should = fault["msg"].replace("Input should", "should").replace("String should", "should")
+    return f"{key} {should}, not {said}.", loc
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
@@ -235,34 +267,98 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return paths
 
 
-def _contradictions(c: Config) -> list[str]:
-    faults = []
+class _FaultyValue(Exception):
+    """A rule needs a value that is itself at fault."""
+
+
+class _Readable:
+    """A section of which some values may be at fault: reading one of those raises _FaultyValue."""
+
+    def __init__(self, values: dict[str, Any], bad: set[str]):
+        self.values, self.bad = values, bad
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.bad:
+            raise _FaultyValue
+        return self.values[name]
+
+
+def _readable(section: type[BaseModel], tree: dict[str, Any], bad: set[tuple[Any, ...]]) -> _Readable:
+    """A tree with the defaults of a section filled in; `bad` holds the places of faults."""
+
+    def below(name: Any, places: set[tuple[Any, ...]]) -> set[tuple[Any, ...]]:
+        return {place[1:] for place in places if place[:1] == (name,)}
+
+    values: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        value = tree.get(name, field.get_default(call_default_factory=True))
+        inner, places = _section_of(field.annotation), below(name, bad)
+        if isinstance(value, BaseModel):
+            value = value.model_dump()
+        if inner and isinstance(value, dict):
+            value = _readable(inner, value, places)
+        elif inner and isinstance(value, list):
+            value = [_readable(inner, v if isinstance(v, dict) else {}, below(i, places)) for i, v in enumerate(value)]
+        values[name] = value
+    return _Readable(values, set(values) if () in bad else {place[0] for place in bad if len(place) == 1})
+
+
+def _contradictions(c: Any) -> list[str]:
+    """Values that are right one by one but not together; rules about values at fault are left out."""
+    faults: list[str] = []
+    for rule in (_one_model, _sources_agree, _parts_divide, _steps_after_warmup, _something_held_out, _mesh_sizes):
+        try:
+            faults += rule(c)
+        except _FaultyValue:
+            continue
+    return faults
+
+
+def _one_model(c: Any) -> Iterator[str]:
     if (c.model.path is None) == (c.model.scratch is None):
-        faults.append("exactly one of model.path (a checkpoint) and model.scratch (a new model) must be given.")
+        yield "exactly one of model.path (a checkpoint) and model.scratch (a new model) must be given."
+
+
+def _sources_agree(c: Any) -> Iterator[str]:
     for i, source in enumerate(c.data.sources):
-        key = f"data.sources.{i}"
-        if source.kind == "text" and source.path is None:
-            faults.append(f"{key}.path is missing; a text source reads a file, a folder or a glob.")
-        if source.kind == "python-stdlib" and (source.path is not None or source.separator is not None):
-            faults.append(f"{key}: python-stdlib is the library of the running Python and takes no path or separator.")
-        if source.columns:
-            faults.append(f"{key}.columns: a {source.kind} source has no columns.")
-        if source.separator == "":
-            faults.append(f"{key}.separator is empty; leave it out where a file is one document.")
-    if c.train.batch_size % c.train.accumulation:
-        faults.append(
-            f"train.batch_size={c.train.batch_size} does not divide into train.accumulation={c.train.accumulation} parts."
-        )
-    if c.train.warmup_steps >= c.train.steps and c.train.warmup_steps > 0:
-        faults.append(
-            f"train.warmup_steps={c.train.warmup_steps} leaves none of train.steps={c.train.steps} after the warm-up."
-        )
+        with contextlib.suppress(_FaultyValue):
+            yield from _source_agrees(source, f"data.sources.{i}")
+
+
+def _source_agrees(source: Any, key: str) -> list[str]:
+    faults = []
+    if source.kind == "text" and source.path is None:
+        faults.append(f"{key}.path is missing; a text source reads a file, a folder or a glob.")
+    if source.kind == "python-stdlib" and (source.path is not None or source.separator is not None):
+        faults.append(f"{key}: python-stdlib is the library of the running Python and takes no path or separator.")
+    if source.columns:
+        faults.append(f"{key}.columns: a {source.kind} source has no columns.")
+    if source.separator == "":
+        faults.append(f"{key}.separator is empty; leave it out where a file is one document.")
+    return faults
+
+
+def _parts_divide(c: Any) -> Iterator[str]:
+    batch, parts = c.train.batch_size, c.train.accumulation
+    if batch % parts:
+        yield f"train.batch_size={batch} does not divide into train.accumulation={parts} parts."
+
+
+def _steps_after_warmup(c: Any) -> Iterator[str]:
+    warmup, steps = c.train.warmup_steps, c.train.steps
+    if warmup >= steps and warmup > 0:
+        yield f"train.warmup_steps={warmup} leaves none of train.steps={steps} after the warm-up."
+
+
+def _something_held_out(c: Any) -> Iterator[str]:
     if c.evaluation.every is not None and c.data.held_out == 0:
-        faults.append("evaluation.every asks for held-out evaluation, but data.held_out is 0.")
+        yield "evaluation.every asks for held-out evaluation, but data.held_out is 0."
+
+
+def _mesh_sizes(c: Any) -> Iterator[str]:
     sizes = [c.mesh.data, c.mesh.fsdp, c.mesh.tensor]
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-        faults.append(f"mesh sizes {sizes} must be at least 1, and at most one of them -1 (what is left).")
-    return faults
+        yield f"mesh sizes {sizes} must be at least 1, and at most one of them -1 (what is left)."
 
 
 def dump(config: Config) -> str:

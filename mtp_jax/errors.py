@@ -44,7 +44,8 @@ def run_command(main: Callable[[], None]) -> None:
         if not _full_disk(error):
             raise
         name = getattr(error, "filename", None)
-        faults = (f"the disk is full{f' (writing {name})' if name else ''}: free some space and run the command again.",)
+        where = f" (writing {name})" if name else ""
+        faults = (f"the disk is full{where}: free some space and run the command again.",)
     else:
         return
     for fault in faults:

@@ -14,7 +14,9 @@ def main() -> None:
     """Parse, evaluate, print."""
     parser = argparse.ArgumentParser(prog="python -m mtp_jax.evaluate", description=__doc__)
     parser.add_argument("--model", required=True, help="a Hugging Face folder, a hub name, or bundled:NAME")
-    parser.add_argument("--text", metavar="PATH", help="a text file, folder or glob, used whole; instead of python-stdlib")
+    parser.add_argument(
+        "--text", metavar="PATH", help="a text file, folder or glob, used whole; instead of python-stdlib"
+    )
     parser.add_argument("--separator", help="parts the files of --text into documents")
     parser.add_argument("--held-out", type=float, metavar="SHARE", help="share held out by name (python-stdlib: 0.05)")
     parser.add_argument("--sequence-length", type=int, metavar="T", help="the model's context, at most 512, by default")
@@ -23,6 +25,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
+    _check(arguments)
 
     import jax
     import jax.numpy as jnp
@@ -61,9 +64,28 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(figures))
         return
-    print(f"{figures['documents']} held-out documents ({figures['left_out']} more left out: the model was trained on them)")
+    print(
+        f"{figures['documents']} held-out documents "
+        f"({figures['left_out']} more left out: the model was trained on them)"
+    )
     print(f"held-out loss {figures['loss']:.4f} nats per token, next-token accuracy {figures['accuracy']:.4f}")
     print(f"over {figures['tokens']} tokens in sequences of {length}")
+
+
+def _check(a: argparse.Namespace) -> None:
+    faults = [
+        f"--{name} {value}: should be at least 1." for name, value in _counts(a) if value is not None and value < 1
+    ]
+    if a.separator == "":
+        faults.append("--separator is empty; leave it out where a file is one document.")
+    if a.held_out is not None and not 0 < a.held_out <= 1:
+        faults.append(f"--held-out {a.held_out}: should be above 0 and at most 1.")
+    if faults:
+        raise UserError(*faults)
+
+
+def _counts(a: argparse.Namespace) -> list[tuple[str, int | None]]:
+    return [("batch-size", a.batch_size), ("batches", a.batches)]
 
 
 if __name__ == "__main__":

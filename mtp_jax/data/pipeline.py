@@ -1,4 +1,4 @@
-"""From documents to batches: tokenise, shuffle, mix, pack and batch, as a grain pipeline with a checkpointable state."""
+"""From documents to batches: tokenise, shuffle, mix, pack, batch; a grain pipeline with a checkpointable state."""
 
 from collections.abc import Iterator
 from typing import Any, TypedDict

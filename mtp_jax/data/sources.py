@@ -24,7 +24,10 @@ class Document:
     end: int | None = None
 
     def text(self) -> str:
-        data = self.path.read_bytes()
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}).") from error
         if self.start is None:
             return _decode(self.path, data)
         return data[self.start : self.end].decode("utf-8", errors="replace")
@@ -63,15 +66,15 @@ def text_files(source: Source, key: str) -> list[Document]:
     assert source.path is not None
     base = Path(source.path).expanduser()
     if base.is_dir():
-        paths, root = sorted(base.rglob("*.txt")), base
+        paths, root = sorted(path for path in base.rglob("*.txt") if path.is_file()), base
     elif base.is_file():
         paths, root = [base], base.parent
     else:
         paths = sorted(Path(p) for p in glob.glob(str(base), recursive=True) if Path(p).is_file())  # noqa: PTH207
-        root = base.parent
+        root = next(folder for folder in base.parents if not glob.has_magic(str(folder)))
     if not paths:
         what = "holds no .txt file" if base.is_dir() else "no such file or folder, and no glob that matches one"
-        raise UserError(f"{key}.path: {source.path}: {what}.")
+        raise UserError(f"{key}: {source.path}: {what}.")
     documents = []
     for path in paths:
         name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
@@ -80,7 +83,7 @@ def text_files(source: Source, key: str) -> list[Document]:
         else:
             documents += _pieces(path, name, source.separator.encode())
     if not documents:
-        raise UserError(f"{key}.path: {source.path}: every file is empty.")
+        raise UserError(f"{key}: {source.path}: every file is empty.")
     return documents
 
 
@@ -95,7 +98,7 @@ def _pieces(path: Path, name: str, separator: bytes) -> list[Document]:
     return pieces
 
 
-def documents(source: Source, key: str = "data.sources.0") -> list[Document]:
+def documents(source: Source, key: str = "data.sources.0.path") -> list[Document]:
     """All documents of a source, in a fixed order.
 
     Raises:
@@ -119,7 +122,7 @@ def read_sources(data: Data) -> tuple[list[list[Document]], list[Document]]:
     for i, source in enumerate(data.sources):
         key = f"data.sources.{i}"
         try:
-            train, held = split(documents(source, key), data.held_out)
+            train, held = split(documents(source, f"{key}.path"), data.held_out)
         except UserError as error:
             faults += error.faults
             continue

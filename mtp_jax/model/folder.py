@@ -1,6 +1,7 @@
 """Hugging Face folders in: find one, read its config, stream its tensors into their final sharding."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -37,8 +38,11 @@ class Stored:
 
 def bundled_models() -> list[str]:
     """Names that `bundled:NAME` accepts."""
-    root = Path(str(resources.files("mtp_jax.bundled")))
-    return sorted(path.parent.name for path in root.glob("*/config.json"))
+    return sorted(path.parent.name for path in _bundled().glob("*/config.json"))
+
+
+def _bundled() -> Path:
+    return Path(str(resources.files("mtp_jax"))) / "bundled"
 
 
 def find_folder(name: str) -> Path:
@@ -48,7 +52,7 @@ def find_folder(name: str) -> Path:
         UserError: nothing of that name, here or on the hub.
     """
     if name.startswith("bundled:"):
-        folder = Path(str(resources.files("mtp_jax.bundled"))) / name.removeprefix("bundled:")
+        folder = _bundled() / name.removeprefix("bundled:")
         if not (folder / "config.json").is_file():
             raise UserError(f"there is no bundled model {name!r}; there is {', '.join(bundled_models()) or 'none'}.")
         return folder
@@ -179,8 +183,8 @@ def match_table(table: tuple[Weight, ...], g: Geometry, stored: Mapping[str, Sto
 def _same(a: Stored, a_key: str, b: Stored, b_key: str) -> bool:
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    rows = max(1, _READ_BYTES // max(1, a.shape[1] * a.dtype.itemsize))
-    spans = [slice(i, i + rows) for i in range(0, a.shape[0], rows)]
+    rows = max(1, _READ_BYTES // max(1, math.prod(a.shape[1:]) * a.dtype.itemsize))
+    spans = [slice(i, min(i + rows, a.shape[0])) for i in range(0, a.shape[0], rows)]
     return all(read_slice(a, a_key, (s,)).tobytes() == read_slice(b, b_key, (s,)).tobytes() for s in spans)
 
 

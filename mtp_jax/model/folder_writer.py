@@ -52,7 +52,7 @@ def write_folder(
     stops = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     _write_json(part / "generation_config.json", stops)
     tokenizer.save_pretrained(part)
-    for path in part.iterdir():
+    for path in (path for path in part.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
     shutil.rmtree(out, ignore_errors=True)

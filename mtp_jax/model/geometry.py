@@ -62,8 +62,8 @@ class Geometry:
                 f"{where}: the architecture {family!r} ({', '.join(config.get('architectures') or ['no name given'])}) "
                 f"is not supported; the supported model_type values are {', '.join(FAMILIES)}."
             )
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "unknown method")
+        if quantised := config.get("quantization_config"):
+            method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
             raise UserError(
                 f"{where}: the checkpoint is quantised ({method}); use the float32, bfloat16 or float16 checkpoint "
                 "it was made from, or dequantise it with transformers and save it again."

@@ -12,9 +12,17 @@ from mtp_jax.data.sources import Document
 from mtp_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.model.decoder import Decoder
-from mtp_jax.model.folder import find_folder, load_params, load_tokenizer, read_geometry, read_json
+from mtp_jax.model.folder import (
+    find_folder,
+    load_params,
+    load_tokenizer,
+    match_table,
+    read_geometry,
+    read_json,
+    stored_tensors,
+)
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.weights import Params, init_params
+from mtp_jax.model.weights import Params, init_params, weight_table
 from mtp_jax.training.sharding import params_sharding, weight_sharding
 
 
@@ -28,34 +36,56 @@ class Base:
     folder: Path | None  # where its weights are; None for a new model
 
 
-def find_base(config: Config, training: list[list[Document]], run_dir: Path) -> Base:
-    """Read geometry and tokenizer; a new model's tokenizer is trained on the training documents, once per run.
+def check_base(config: Config) -> None:
+    """Read what a base model consists of and write nothing, so that a wrong one leaves no trace.
 
     Raises:
-        UserError: a folder, config or tokenizer that does not do, or sequences longer than the model's context.
+        UserError: a folder, config, tokenizer or weights that do not do, or sequences longer than the model's context.
     """
     if config.model.path is not None:
         folder = find_folder(config.model.path)
         g = read_geometry(folder)
-        base = Base(g, read_json(folder / "config.json"), load_tokenizer(folder, g), folder)
+        match_table(weight_table(g), g, stored_tensors(folder), folder)
+        load_tokenizer(folder, g)
     else:
         assert config.model.scratch is not None
-        scratch = config.model.scratch
-        g = Geometry.from_config(scratch.config, "model.scratch.config")
-        if isinstance(scratch.tokenizer, TokenizerRecipe):
-            tokens = run_dir / "tokenizer"
-            if not tokens.is_dir():
-                texts = (document.text() for source in training for document in source)
-                save_tokenizer(train_tokenizer(texts, scratch.tokenizer.vocabulary), tokens)
-        else:
-            tokens = Path(scratch.tokenizer).expanduser()
-        base = Base(g, scratch.config, load_tokenizer(tokens, g), None)
+        tokenizer = config.model.scratch.tokenizer
+        g = Geometry.from_config(config.model.scratch.config, "model.scratch.config")
+        if isinstance(tokenizer, str):
+            load_tokenizer(Path(tokenizer).expanduser(), g)
+        elif tokenizer.vocabulary > g.V:
+            raise UserError(
+                f"model.scratch.tokenizer.vocabulary={tokenizer.vocabulary} is more than "
+                f"model.scratch.config.vocab_size={g.V}."
+            )
     if config.train.sequence_length > g.max_positions:
         raise UserError(
             f"train.sequence_length={config.train.sequence_length} is longer than the model's context of "
             f"{g.max_positions} (max_position_embeddings)."
         )
-    return base
+
+
+def find_base(config: Config, training: list[list[Document]], run_dir: Path) -> Base:
+    """Read geometry and tokenizer; a new model's tokenizer is trained on the training documents, once per run.
+
+    Raises:
+        UserError: a folder, config or tokenizer that does not do.
+    """
+    if config.model.path is not None:
+        folder = find_folder(config.model.path)
+        g = read_geometry(folder)
+        return Base(g, read_json(folder / "config.json"), load_tokenizer(folder, g), folder)
+    assert config.model.scratch is not None
+    scratch = config.model.scratch
+    g = Geometry.from_config(scratch.config, "model.scratch.config")
+    if isinstance(scratch.tokenizer, TokenizerRecipe):
+        tokens = run_dir / "tokenizer"
+        if not tokens.is_dir():
+            texts = (document.text() for source in training for document in source)
+            save_tokenizer(train_tokenizer(texts, scratch.tokenizer.vocabulary), tokens)
+    else:
+        tokens = Path(scratch.tokenizer).expanduser()
+    return Base(g, scratch.config, load_tokenizer(tokens, g), None)
 
 
 def load_base(base: Base, mesh: jax.sharding.Mesh, seed: int, dtype: jnp.dtype) -> Params:

@@ -14,7 +14,10 @@ from mtp_jax.training.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoint folder of a run. A checkpoint exists under its final name only when it is complete."""
+    """The checkpoint folder of a run. A checkpoint exists under its final name only when it is complete.
+
+    Use as a context: on the way out, saves still under way are finished, and their errors raised.
+    """
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         # Orbax warns of choices made here on purpose and of every step it takes.
@@ -59,10 +62,23 @@ class Checkpoints:
             ) from error
         return jax.block_until_ready(TrainState(**restored["state"]))
 
-    def close(self) -> None:
-        """Wait until everything is on disk."""
+    def finish(self) -> None:
+        """Wait until everything is on disk; raises the error of a save that failed in the background."""
         self.manager.wait_until_finished()
-        self.manager.close()
+        self.manager.check_for_errors()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.finish()
+        except Exception as failed:
+            if not isinstance(error, UserError):
+                raise
+            raise UserError(*error.faults, f"{self.folder}: the last checkpoint was not saved ({failed}).") from failed
+        finally:
+            self.manager.close()
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

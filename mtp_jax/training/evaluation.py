@@ -10,7 +10,9 @@ from mtp_jax.data.pipeline import Batch
 from mtp_jax.training.next_token import NextToken
 
 
-def make_evaluate(objective: NextToken, place: Callable[[Batch], Any]) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
+def make_evaluate(
+    objective: NextToken, place: Callable[[Batch], Any]
+) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
     """A function (params, batches) -> means over all supervised tokens; `place` puts a batch on the devices."""
 
     @jax.jit

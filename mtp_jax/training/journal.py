@@ -1,5 +1,7 @@
 """What a run writes about itself: metrics.jsonl (deterministic), timing.jsonl (the rest), and trackers on request."""
 
+import importlib.util
+import io
 import json
 import os
 from pathlib import Path
@@ -14,7 +16,11 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
-        self.file = path.open("a", encoding="utf-8")
+        self.file = self._open()
+
+    def _open(self) -> io.FileIO:
+        # Without a buffer of Python's own, nothing is left to be written when a full disk ends the run.
+        return io.FileIO(self.path, "a")
 
     def cut(self, step: int) -> None:
         """Drop what was written after `step`, and a last line that a crash left unfinished."""
@@ -23,16 +29,21 @@ class Journal:
         part = self.path.with_name(f".{self.path.name}.part")
         part.write_bytes(b"".join(kept))
         part.replace(self.path)
-        self.file = self.path.open("a", encoding="utf-8")
+        self.file = self._open()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        line = (json.dumps(record) + "\n").encode()
+        while line:  # an almost full disk takes a part of it
+            line = line[self.file.write(line) :]
 
-    def close(self) -> None:
+    def sync(self) -> None:
         """Force everything to disk."""
         os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Force everything to disk, and write no more."""
+        self.sync()
         self.file.close()
 
 
@@ -43,22 +54,30 @@ def _step(line: bytes, broken: int) -> int:
         return broken
 
 
-class Trackers:
-    """TensorBoard and Weights & Biases, each only where the config asks for it."""
+def check_trackers(config: Config) -> None:
+    """Refuse trackers whose packages are not installed."""
+    asked = {"tensorboard": ("tensorboardX", config.logging.tensorboard), "wandb": ("wandb", config.logging.wandb)}
+    faults = [
+        f"logging.{name} needs a package: pip install 'mtp_jax[{name}]'."
+        for name, (package, wanted) in asked.items()
+        if wanted and importlib.util.find_spec(package) is None
+    ]
+    if faults:
+        raise UserError(*faults)
 
-    def __init__(self, config: Config, run_dir: Path):
+
+class Trackers:
+    """TensorBoard and Weights & Biases, each only where the config asks for it; what came after `start` is hidden."""
+
+    def __init__(self, config: Config, run_dir: Path, start: int):
         self.board = self.wandb = None
         if config.logging.tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError as error:
-                raise UserError("logging.tensorboard needs a package: pip install 'mtp_jax[tensorboard]'.") from error
-            self.board = SummaryWriter(str(run_dir / "tensorboard"))
+            from tensorboardX import SummaryWriter
+
+            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         if config.logging.wandb:
-            try:
-                import wandb
-            except ImportError as error:
-                raise UserError("logging.wandb needs a package: pip install 'mtp_jax[wandb]'.") from error
+            import wandb
+
             self.wandb = wandb.init(
                 project=config.logging.wandb, id=run_dir.name, resume="allow", dir=run_dir, config=config.model_dump()
             )

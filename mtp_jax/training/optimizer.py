@@ -13,10 +13,8 @@ def learning_rate(train: Train) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(
             0.0, train.learning_rate, train.warmup_steps, train.steps, end_value=train.learning_rate / 10
         )
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, train.learning_rate, train.warmup_steps), optax.constant_schedule(train.learning_rate)],
-        [train.warmup_steps],
-    )
+    warmup = optax.linear_schedule(0.0, train.learning_rate, train.warmup_steps)
+    return optax.join_schedules([warmup, optax.constant_schedule(train.learning_rate)], [train.warmup_steps])
 
 
 def make_optimizer(train: Train, decays: Any) -> optax.GradientTransformation:

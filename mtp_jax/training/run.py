@@ -1,5 +1,7 @@
 """A training run from config to finished model, and from wherever an earlier attempt was cut off."""
 
+import contextlib
+import fcntl
 import math
 import time
 from collections.abc import Iterator
@@ -9,25 +11,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 
 from mtp_jax.config import Config, dump
 from mtp_jax.data.pipeline import Batch, held_out_batches, training_batches
 from mtp_jax.data.sources import Document, read_sources
-from mtp_jax.errors import UserError
+from mtp_jax.errors import FULL_DISK, UserError
 from mtp_jax.model.folder_writer import write_folder
 from mtp_jax.model.weights import build_tree, weight_table
 from mtp_jax.training import sharding
-from mtp_jax.training.base import find_base, load_base, make_decoder
+from mtp_jax.training.base import check_base, find_base, load_base, make_decoder
 from mtp_jax.training.checkpoints import Checkpoints, abstract
 from mtp_jax.training.evaluation import make_evaluate
-from mtp_jax.training.journal import Journal, Trackers
+from mtp_jax.training.journal import Journal, Trackers, check_trackers
 from mtp_jax.training.next_token import NextToken
 from mtp_jax.training.optimizer import learning_rate, make_optimizer
 from mtp_jax.training.progress import ProgressBar
-from mtp_jax.training.step import TrainState, make_train_step
+from mtp_jax.training.step import WEIGHTS_FINITE, TrainState, make_train_step
 
 # A run may continue with other values of these; anything else would change what it computes.
 _FREE = ("output_dir", "checkpoints", "logging", "compilation_cache", "mesh")
+_WHEN_NOT_FINITE = (
+    "Nothing of this step was saved: lower train.learning_rate or mend the data, and start again in a new output_dir "
+    "(other settings) or in this one (mended data), which resumes from the last checkpoint."
+)
 
 
 def train(config: Config) -> Path:
@@ -46,10 +53,15 @@ def train(config: Config) -> Path:
             "evaluation.every is set, but no document fell to the held-out part: add documents, set "
             "data.sources.N.separator to part a file into documents, raise data.held_out, or unset evaluation.every."
         )
-    _claim(run_dir, config)
+    check_base(config)
+    check_trackers(config)
     enable_compilation_cache(config.compilation_cache)
 
-    with sharding.on(mesh):
+    with (
+        _claim(run_dir, config),
+        sharding.on(mesh),
+        Checkpoints(run_dir / "checkpoints", config.checkpoints) as checkpoints,
+    ):
         # ---- model, data, objective
         base = find_base(config, training, run_dir)
         batches, documents = training_batches(
@@ -71,11 +83,8 @@ def train(config: Config) -> Path:
         tx = make_optimizer(config.train, decays)
         weights = sharding.params_sharding(mesh, base.g)
         trained = jax.eval_shape(lambda: load_shapes(base.g))
-        placed = TrainState(
-            sharding.replicated(mesh), weights, sharding.optimizer_sharding(mesh, tx, trained, weights)
-        )
+        placed = TrainState(sharding.replicated(mesh), weights, sharding.optimizer_sharding(mesh, tx, trained, weights))
         shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(tx.init, trained))
-        checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoints)
         start = checkpoints.latest()
         if start is not None:
             state = checkpoints.restore(start, abstract(shapes, placed), batches)
@@ -89,7 +98,7 @@ def train(config: Config) -> Path:
         metrics, timing = Journal(run_dir / "metrics.jsonl"), Journal(run_dir / "timing.jsonl")
         metrics.cut(start)
         timing.cut(start)
-        trackers = Trackers(config, run_dir)
+        trackers = Trackers(config, run_dir, start)
 
         # ---- steps
         step_fn = jax.jit(
@@ -101,7 +110,11 @@ def train(config: Config) -> Path:
 
         def held_out_figures(params: Any) -> dict[str, float]:
             held = held_out_batches(
-                held_out, base.tokenizer, config.train.batch_size, config.train.sequence_length, config.evaluation.batches
+                held_out,
+                base.tokenizer,
+                config.train.batch_size,
+                config.train.sequence_length,
+                config.evaluation.batches,
             )
             return {f"held_out_{name}": value for name, value in evaluate(params, held).items()}
 
@@ -121,11 +134,13 @@ def train(config: Config) -> Path:
                     record.line(step, held_out_figures(state.trained))
                 if due or step % config.checkpoints.every == 0:
                     record.finish()  # nothing after a non-finite loss is ever saved
+                    metrics.sync()  # nor a state whose records could still be lost
+                    timing.sync()
                     checkpoints.save(state, batches)
             record.finish()
 
         # ---- the finished model
-        checkpoints.close()
+        checkpoints.finish()
         out = run_dir / "model"
         dtype = jnp.dtype(config.model.save_dtype)
         write_folder(out, state.trained, base.g, base.config, base.tokenizer, dtype)
@@ -162,8 +177,9 @@ class _Recorder:
         step, values, batch, waited = self.pending
         self.pending = None
         values = {name: float(value) for name, value in values.items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-            raise UserError(self._not_finite(step, values, batch))
+        weights_finite = values.pop(WEIGHTS_FINITE) == 1
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]) and weights_finite):
+            raise UserError(self._not_finite(step, values, weights_finite, batch))
         seconds = time.perf_counter() - self.clock
         self.clock = time.perf_counter()
         self.progress.update(step, values["loss"])
@@ -181,6 +197,8 @@ class _Recorder:
             )
 
     def line(self, step: int, values: dict[str, float]) -> None:
+        if not math.isfinite(values.get("held_out_loss", 0.0)):
+            raise UserError(f"the held-out loss at step {step} is not finite; {_WHEN_NOT_FINITE}")
         record = {"step": step, **values}
         self.metrics.write(record)
         self.trackers.write(record)
@@ -189,13 +207,12 @@ class _Recorder:
                 f"step {step}  held-out loss {values['held_out_loss']:.4f}  accuracy {values['held_out_accuracy']:.4f}"
             )
 
-    def _not_finite(self, step: int, values: dict[str, float], batch: Batch) -> str:
+    def _not_finite(self, step: int, values: dict[str, float], weights_finite: bool, batch: Batch) -> str:
         names = [self.documents[i].name for i in np.unique(batch["documents"][batch["segments"] != 0])]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return (
-            f"the loss at step {step} is not finite (loss {values['loss']}, gradient norm {values['gradient_norm']}); "
-            f"batch {step} holds {shown}. Nothing of this step was saved: lower train.learning_rate or mend the data, "
-            "and start again to resume from the last checkpoint."
+            f"step {step} is not finite (loss {values['loss']}, gradient norm {values['gradient_norm']}, weights after "
+            f"it {'finite' if weights_finite else 'not finite'}); batch {step} holds {shown}. {_WHEN_NOT_FINITE}"
         )
 
 
@@ -213,25 +230,40 @@ def _check_divides(config: Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def _claim(run_dir: Path, config: Config) -> None:
-    """Make the output folder this run's, or check that it already is."""
+@contextlib.contextmanager
+def _claim(run_dir: Path, config: Config) -> Iterator[None]:
+    """Within: the output folder is this run's and no other process's. The system lifts the lock when a process ends."""
     written = run_dir / "config.yaml"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("a")
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
+        raise UserError(f"output_dir: {run_dir} cannot be written ({error.strerror}).") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"output_dir: {run_dir} is in use by another run that has not ended.") from error
         if written.exists():
             _check_same_run(written, config)
         part = run_dir / ".config.yaml.part"
         part.write_text(dump(config), encoding="utf-8")
         part.replace(written)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise UserError(f"output_dir: {run_dir} cannot be written ({error.strerror}).") from error
+        yield
 
 
 def _check_same_run(written: Path, config: Config) -> None:
-    import yaml
-
-    before, now = yaml.safe_load(written.read_text(encoding="utf-8")) or {}, config.model_dump()
-    changed = [path for path in _changes(before, now) if path.split(".")[0] not in _FREE]
+    try:
+        before = yaml.safe_load(written.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        raise UserError(
+            f"output_dir: {written} is damaged; choose another output_dir, or delete this one to start afresh."
+        )
+    changed = [path for path in _changes(before, config.model_dump()) if path.split(".")[0] not in _FREE]
     if changed:
         raise UserError(
             f"output_dir: {written.parent} holds a run with other values of {', '.join(changed)}; "

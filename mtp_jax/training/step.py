@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 Metrics = dict[str, Float[Array, ""]]
+WEIGHTS_FINITE = "weights_finite"  # 1 where all weights are finite after the step; checked, not logged
 
 
 class TrainState(NamedTuple):
@@ -54,6 +55,8 @@ def make_train_step(
             )
         updates, optimizer = tx.update(gradients, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(trained)]))
+        metrics |= {WEIGHTS_FINITE: finite.astype(jnp.float32)}
         metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(state.step)}
         return TrainState(state.step + 1, trained, optimizer), metrics
 

@@ -1,0 +1,48 @@
+# Every target works in a virtual environment of its own, .venv, and installs again only when pyproject.toml changes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+MODEL := bundled:stdlib-6m
+# The beginning of a function of secrets.py, which the bundled model was not trained on.
+PROMPT := def randbelow(exclusive_upper_bound):\n    """Return a random int in the range [0, n)."""\n    if
+
+.PHONY: help
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 20
+
+.PHONY: quickstart
+quickstart: $(VENV)/.base ## complete held-out code with the bundled model and measure its held-out loss
+	$(BIN)/python -m mtp_jax.generate --model $(MODEL) --prompt "$$(printf '$(PROMPT)')" --max-new-tokens 64
+	$(BIN)/python -m mtp_jax.evaluate --model $(MODEL) --batches 20
+
+.PHONY: test
+test: $(VENV)/.test ## style checks and all tests that are not marked slow
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow"
+
+.PHONY: lint
+lint: $(VENV)/.dev ## style checks and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy mtp_jax
+
+.PHONY: clean
+clean: ## remove the environment and everything built; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find mtp_jax tests -name __pycache__ -prune -exec rm -rf {} +
+
+# Debian's python3 may come without ensurepip; its pip can then serve the new environment.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: mtp_jax needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+
+$(VENV)/.base: EXTRA :=
+$(VENV)/.test: EXTRA := [test]
+$(VENV)/.dev: EXTRA := [dev]
+$(VENV)/.base $(VENV)/.test $(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRA)'
+	touch $@

@@ -1,0 +1,262 @@
+"""Fixtures that several test folders share."""
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test reaches the network
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def llama_config():
+    """The config.json of a tiny Llama, as a fresh mapping."""
+    return copy.deepcopy(LLAMA)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of 24 small text files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(60)]
+    for i in range(24):
+        text = " ".join(rng.choice(words) for _ in range(rng.randint(20, 120)))
+        (folder / f"doc{i:02}.txt").write_text(f"{i}: {text}.\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A compilation cache that all runs of this session share."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def tree(tmp_path, corpus, compiled, llama_config):
+    """The config of a tiny run as a mapping, to be changed at will."""
+    return {
+        "objective": "next_token",
+        "output_dir": str(tmp_path / "run"),
+        "model": {
+            "scratch": {"config": copy.deepcopy(llama_config), "tokenizer": {"vocabulary": 300}},
+            "save_dtype": "float32",
+        },
+        "data": {"sources": [{"kind": "text", "path": str(corpus)}], "held_out": 0.2},
+        "train": {
+            "steps": 12,
+            "batch_size": 4,
+            "sequence_length": 32,
+            "learning_rate": 2e-3,
+            "warmup_steps": 2,
+            "loss_chunk": 50,
+        },
+        "evaluation": {"every": 4},
+        "checkpoints": {"every": 3},
+        "compilation_cache": str(compiled),
+    }
+
+
+class Outcome:
+    """What a command left: exit code, stdout, stderr and its lines that begin with `error: `."""
+
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+        self.errors = [line.removeprefix("error: ") for line in err.splitlines() if line.startswith("error: ")]
+
+    def __repr__(self):
+        return f"exit code {self.code}\n{self.out}\n{self.err}"
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    """A function that writes a mapping as a YAML file and returns its path."""
+
+    def write(tree, name="config.yaml"):
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """A function that runs a command of mtp_jax in this process: (module, *arguments) -> Outcome."""
+    import importlib
+
+    from mtp_jax.errors import run_command
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            run_command(importlib.import_module(f"mtp_jax.{module}").main)
+        except SystemExit as end:
+            code = end.code
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def start(compiled):
+    """A function that starts a command of mtp_jax as a process: (module, *arguments, **environment) -> Popen."""
+    started = []
+
+    def popen(module, *arguments, **environment):
+        quick = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"mtp_jax.{module}", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **quick, **environment},
+        )
+        started.append(process)
+        return process
+
+    yield popen
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def finish():
+    """A function that waits for a process: Popen -> Outcome."""
+
+    def wait(process, timeout=120):
+        out, err = process.communicate(timeout=timeout)
+        return Outcome(process.returncode, out, err)
+
+    return wait
+
+
+def read_lines(path):
+    """The records of a file of JSON lines."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def listing(folder):
+    """Every file below a folder with its content, to compare before and after."""
+    folder = Path(folder)
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+# What random models hold unless a test says otherwise: a head width that is not D/N, a theta that bites in 48 rows.
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "tie_word_embeddings": False,
+}
+
+
+class Models:
+    """Random models of every family, made by transformers and loaded by us."""
+
+    @staticmethod
+    def make(family, seed=0, **config):
+        """A transformers model of O(1) activations and logits, no norm scale 1 and no bias 0; None takes a key away."""
+        import numpy as np
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = copy.deepcopy({**TINY, **config})
+        config = {key: value for key, value in config.items() if value is not None or key not in TINY}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), attn_implementation="eager")
+        draw = np.random.default_rng(seed)
+        with torch.no_grad():
+            for name, weight in sorted(model.named_parameters()):
+                noise = torch.from_numpy(draw.standard_normal(tuple(weight.shape), np.float32))
+                if "norm" in name:
+                    weight.copy_(1 + 0.3 * noise)
+                elif name.endswith("bias"):
+                    weight.copy_(0.3 * noise)
+                else:
+                    embedding = "embed_tokens" in name and not model.config.tie_word_embeddings
+                    weight.copy_(noise if embedding else noise / weight.shape[1] ** 0.5)
+        return model.eval()
+
+    @staticmethod
+    def load(folder, **options):
+        """Geometry and weights of a folder, as every command loads them."""
+        from mtp_jax.model.folder import load_params, read_geometry
+
+        g = read_geometry(folder)
+        return g, load_params(folder, g, **options)
+
+
+@pytest.fixture(scope="session")
+def models():
+    """Makes and loads random models."""
+    return Models
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer():
+    """A byte-level tokenizer of 300 tokens."""
+    from mtp_jax.data.tokenizer import train_tokenizer
+
+    return train_tokenizer(
+        ["the cat sat on the mat, and the dog lay by the door of a house; where is the hen? " * 4], 300
+    )
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory, small_tokenizer):
+    """The folder of a random Llama with tokenizer; its context is 64 tokens, and id 0 ends a text."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    Models.make("llama", vocab_size=300, bos_token_id=0, eos_token_id=0, pad_token_id=1).save_pretrained(folder)
+    small_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories():
+    """The folder of stories260k, a real model of 0.26M weights."""
+    root = Path(os.environ.get("MTP_JAX_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+    folder = root / "models" / "stories260k"
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"{folder} is not there; MTP_JAX_SHARED names the folder that holds models/stories260k")
+    return folder

@@ -1,0 +1,161 @@
+"""What a source takes for a document, how it is named and read, and which part is held out."""
+
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from mtp_jax.config import Data, Source
+from mtp_jax.data.sources import Document, documents, python_stdlib, read_sources, split
+from mtp_jax.errors import UserError
+
+
+def text(path, separator=None, **more):
+    return Source(kind="text", path=str(path), separator=separator, **more)
+
+
+def names(path, separator=None):
+    return [d.name for d in documents(text(path, separator))]
+
+
+def texts(path, separator=None):
+    return [d.text() for d in documents(text(path, separator))]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.txt", "a.txt", "sub/c.txt", "sub/deep/a.txt", "notes.md"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"text of {name}")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "dangling.txt").symlink_to("nowhere")
+    return tmp_path
+
+
+def test_a_folder_is_its_text_files_at_any_depth(folder):
+    assert names(folder) == ["a.txt", "b.txt", "sub/c.txt", "sub/deep/a.txt"]
+    assert texts(folder)[2] == "text of sub/c.txt"
+
+
+def test_a_file_is_itself_whatever_its_ending(folder):
+    assert names(folder / "notes.md") == ["notes.md"]
+
+
+def test_a_glob_names_files_by_their_path_below_it(folder):
+    assert names(folder / "*.md") == ["notes.md"]
+    assert names(folder / "**" / "a.txt") == ["a.txt", "sub/deep/a.txt"]
+    assert names(folder / "s*" / "*.txt") == ["sub/c.txt"]
+
+
+def test_names_do_not_depend_on_where_the_folder_lies(folder, tmp_path_factory):
+    moved = tmp_path_factory.mktemp("elsewhere") / "x"
+    before = names(folder)
+    folder.rename(moved)
+    assert names(moved) == before
+    moved.rename(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("missing", "no such file or folder"),
+        ("*.nothing", "no such file or folder"),
+        ("hollow", "holds no .txt file"),
+        ("empty.txt", "every file is empty"),
+    ],
+)
+def test_a_source_without_text_is_named(folder, path, says):
+    (folder / "hollow").mkdir()
+    with pytest.raises(UserError) as caught:
+        read_sources(Data(sources=[text(folder / "a.txt"), text(folder / path)], held_out=0.0))
+    (fault,) = caught.value.faults
+    assert fault.startswith("data.sources.1.path: ") and says in fault
+
+
+def test_all_sources_without_text_are_named(folder):
+    with pytest.raises(UserError) as caught:
+        read_sources(Data(sources=[text(folder / "no"), text(folder / "nor")], held_out=0.0))
+    assert len(caught.value.faults) == 2
+
+
+def test_a_file_that_vanishes_is_named(folder):
+    (document,) = documents(text(folder / "a.txt"))
+    (folder / "a.txt").unlink()
+    with pytest.raises(UserError, match=r"a\.txt: cannot be read"):
+        document.text()
+
+
+@pytest.mark.parametrize("separator", ["<|end|>", "\n--\n", "§"])
+def test_a_separator_parts_a_file(tmp_path, separator):
+    pieces = ["first é", "second\nline", "  \n", "", "日本 third"]
+    (tmp_path / "a.txt").write_text(separator.join(pieces), encoding="utf-8")
+    assert texts(tmp_path / "a.txt", separator) == ["first é", "second\nline", "日本 third"]
+    assert names(tmp_path / "a.txt", separator) == ["a.txt#0", "a.txt#1", "a.txt#2"]
+
+
+def test_a_separator_at_both_ends_leaves_no_empty_document(tmp_path):
+    (tmp_path / "a.txt").write_text("|a|b|")
+    assert texts(tmp_path / "a.txt", "|") == ["a", "b"]
+
+
+def test_bytes_that_are_no_text_are_replaced(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 \xc3\xa9")
+    assert texts(tmp_path / "a.txt") == ["caf\ufffd é"]
+    assert texts(tmp_path / "a.txt", " ") == ["caf\ufffd", "é"]
+
+
+def test_python_files_are_read_in_their_own_encoding(tmp_path):
+    source = "# -*- coding: latin-1 -*-\nname = 'é'\n"
+    (tmp_path / "a.py").write_bytes(source.encode("latin-1"))
+    assert texts(tmp_path / "a.py") == [source]
+    assert texts(tmp_path / "a.py") != [(tmp_path / "a.py").read_text(errors="replace")]
+    (tmp_path / "b.py").write_bytes(b"# coding: no-such-thing\n'\xff'\n")
+    assert texts(tmp_path / "b.py") == ["# coding: no-such-thing\n'\ufffd'\n"]
+
+
+def test_the_stdlib_is_without_tests_and_installed_packages():
+    found = {d.name for d in python_stdlib()}
+    parts = {part for name in found for part in Path(name).parts[:-1]}
+    assert {"json/decoder.py", "asyncio/tasks.py", "ast.py"} <= found
+    assert not parts & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    root = Path(sysconfig.get_paths()["stdlib"])
+    assert all((root / name).stat().st_size for name in found)
+    ours = {m for m in sys.stdlib_module_names if (root / f"{m}.py").is_file() and (root / f"{m}.py").stat().st_size}
+    assert ours <= {name.removesuffix(".py") for name in found}
+
+
+# ---- held out
+
+
+def test_the_split_depends_on_the_name_alone(folder, tmp_path):
+    found = [Document(f"d{i}", tmp_path) for i in range(500)]
+    train, held = split(found, 0.1)
+    assert not {d.name for d in train} & {d.name for d in held} and len(train) + len(held) == 500
+    assert 25 <= len(held) <= 80
+    others = [Document(d.name, Path("elsewhere"), 3, 9) for d in reversed(found[:250])]
+    assert {d.name for d in split(others, 0.1)[1]} == {d.name for d in held} & {d.name for d in found[:250]}
+    assert {d.name for d in held} <= {d.name for d in split(found, 0.3)[1]}
+
+
+def test_the_split_is_the_same_on_every_machine():
+    held = [name for name in map(str, range(40)) if Document(name, Path()).draw < 0.1]
+    import hashlib
+
+    share = [int(hashlib.sha256(str(i).encode()).hexdigest()[:16], 16) / 16**16 for i in range(40)]
+    assert held == [str(i) for i in range(40) if share[i] < 0.1] and held
+
+
+def test_shares_0_and_1(tmp_path):
+    found = [Document(f"d{i}", tmp_path) for i in range(20)]
+    assert split(found, 0.0) == (found, [])
+    assert split(found, 1.0) == ([], found)
+
+
+def test_a_source_all_of_which_is_held_out_is_a_fault(tmp_path):
+    name = next(f"{i}.txt" for i in range(1000) if Document(f"{i}.txt", tmp_path).draw < 0.05)
+    (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=r"all 1 documents fall to the held-out part"):
+        read_sources(Data(sources=[text(tmp_path)], held_out=0.05))

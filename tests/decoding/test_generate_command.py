@@ -1,0 +1,123 @@
+"""`python -m mtp_jax.generate`: what it prints, and how it refuses."""
+
+import json
+import shutil
+
+import pytest
+
+from mtp_jax.decoding.generator import Generator
+
+PROMPTS = ["the cat", "the dog sat by", "on the mat"]
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A function that writes lines into a prompts file."""
+
+    def write(*lines):
+        path = tmp_path / "prompts.jsonl"
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+def refused(outcome, *faults):
+    """Exit code 2, nothing on stdout, and one line on stderr for each fault, which holds the words given for it."""
+    assert outcome.code == 2, outcome
+    assert outcome.out == "" and "Traceback" not in outcome.err
+    lines = outcome.err.splitlines()
+    assert len(lines) == len(faults) and all(line.startswith("error: ") for line in lines), outcome
+    for line, words in zip(lines, faults, strict=True):
+        assert all(word in line for word in words), line
+
+
+def test_json_holds_text_tokens_steps_and_seconds(command, file, small_folder):
+    path = file(*[json.dumps({"prompt": prompt}) for prompt in PROMPTS], "")
+    outcome = command(
+        "generate", "--model", small_folder, "--prompts", path, "--max-new-tokens", 6, "--batch-size", 2, "--json"
+    )
+    assert outcome.code == 0, outcome
+    records = [json.loads(line) for line in outcome.out.splitlines()]
+    generator = Generator.load(str(small_folder))
+    for record, prompt in zip(records, PROMPTS, strict=True):
+        assert record.keys() == {"text", "token_ids", "new_tokens", "steps", "seconds"}
+        (alone,) = generator([prompt], 6)
+        assert record["token_ids"] == alone.token_ids and record["text"] == generator.text(alone)
+        assert (record["new_tokens"], record["steps"]) == (len(alone.token_ids), len(alone.token_ids) - 1)
+        assert record["seconds"] > 0
+
+
+def test_prompt_text_and_speed_are_printed(command, small_folder):
+    outcome = command("generate", "--model", small_folder, "--prompt", "the [bold]cat[/]", "--max-new-tokens", 4)
+    generator = Generator.load(str(small_folder))
+    assert outcome.code == 0, outcome
+    assert outcome.out.startswith("the [bold]cat[/]" + generator.text(generator(["the [bold]cat[/]"], 4)[0]))
+    assert "tokens/s]" in outcome.out
+
+
+def test_chat_messages_go_through_the_chat_template(command, file, small_folder, small_tokenizer, tmp_path):
+    folder = shutil.copytree(small_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}cat:")
+    path = file(json.dumps({"messages": [{"role": "user", "content": "where is the mat?"}]}))
+    outcome = command("generate", "--model", folder, "--prompts", path, "--max-new-tokens", 5, "--json")
+    ids = small_tokenizer("user: where is the mat? cat:", add_special_tokens=False)["input_ids"]
+    (alone,) = Generator.load(str(small_folder)).complete([ids], 5, 1)
+    assert json.loads(outcome.out)["token_ids"] == alone.token_ids
+
+
+def test_unusual_line_separators_do_not_break_a_line(command, file, small_folder):
+    path = file(json.dumps({"prompt": "the\u2028cat\u0085sat"}, ensure_ascii=False))
+    outcome = command("generate", "--model", small_folder, "--prompts", path, "--max-new-tokens", 2, "--json")
+    assert outcome.code == 0 and len(outcome.out.splitlines()) == 1, outcome
+
+
+def test_broken_lines_are_named_by_number(command, file, small_folder):
+    path = file('{"prompt": "a"}', "", "{broken", '{"text": "a"}', '{"messages": [{"role": "user"}]}', "7")
+    refused(
+        command("generate", "--model", small_folder, "--prompts", path),
+        [f"{path}, line 3"],
+        [f"{path}, line 4", "'prompt'"],
+        [f"{path}, line 5", "'messages'"],
+        [f"{path}, line 6"],
+    )
+
+
+def test_prompts_file_that_cannot_be_read_is_refused(command, file, small_folder, tmp_path):
+    refused(command("generate", "--model", small_folder, "--prompts", tmp_path / "none"), ["none", "No such file"])
+    refused(command("generate", "--model", small_folder, "--prompts", file("")), ["holds no prompts"])
+    (tmp_path / "latin").write_bytes(b'{"prompt": "\xe9"}')
+    refused(command("generate", "--model", small_folder, "--prompts", tmp_path / "latin"), ["latin", "cannot be read"])
+
+
+def test_prompts_that_do_not_fit_are_refused(command, file, small_folder):
+    refused(command("generate", "--model", small_folder, "--prompt", ""), ["--prompt", "is empty"])
+    refused(command("generate", "--model", small_folder, "--prompt", "q" * 90), ["--prompt", "context of 64"])
+    path = file('{"prompt": "a"}', json.dumps({"prompt": "q" * 90}))
+    refused(command("generate", "--model", small_folder, "--prompts", path), ["prompt 2", "context of 64"])
+    path = file('{"messages": [{"role": "user", "content": "a"}]}')
+    refused(command("generate", "--model", small_folder, "--prompts", path), ["prompt 1", "no chat template"])
+
+
+def test_numbers_below_one_are_refused_together(command, small_folder):
+    outcome = command("generate", "--model", small_folder, "--prompt", "a", "--max-new-tokens", 0, "--batch-size", -1)
+    refused(outcome, ["--max-new-tokens 0", "at least 1"], ["--batch-size -1", "at least 1"])
+
+
+def test_models_that_are_none_are_refused(command, small_folder, tmp_path):
+    refused(command("generate", "--model", tmp_path / "none", "--prompt", "a"), ["none: no such folder"])
+    refused(command("generate", "--model", "bundled:nonsense", "--prompt", "a"), ["bundled:nonsense"])
+    refused(command("generate", "--model", small_folder / "config.json", "--prompt", "a"), ["this is a file"])
+    folder = shutil.copytree(small_folder, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    refused(command("generate", "--model", folder, "--prompt", "a"), ["no tokenizer"])
+
+
+def test_process_prints_json_and_ends_with_0(start, finish, small_folder):
+    outcome = finish(start("generate", "--model", small_folder, "--prompt", "the", "--max-new-tokens", "3", "--json"))
+    assert outcome.code == 0, outcome
+    assert json.loads(outcome.out)["new_tokens"] == 3
+
+
+def test_process_refuses_with_2_and_one_line(start, finish, tmp_path):
+    refused(finish(start("generate", "--model", tmp_path / "none", "--prompt", "a")), ["no such folder"])
