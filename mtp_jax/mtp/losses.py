@@ -54,13 +54,17 @@ class MultiTokenLoss:
             "real_rows": labelled_real,
             "all_rows": labelled_real + jnp.sum(counted * self._static_weights()),
         }
-        return {name: jnp.maximum(value, 1).astype(jnp.float32) for name, value in totals.items()}
+        return {name: value.astype(jnp.float32) for name, value in totals.items()}
 
     def loss(
         self, trained: Params, frozen: Params, part: Any, totals: Sums, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], Sums]:
         """This part's share of the total loss, and of every term and agreement."""
-        sums = self.sums(trained, frozen, part, step)
+        return self.values(self.sums(trained, frozen, part, step), totals)
+
+    def values(self, sums: Sums, totals: Sums) -> tuple[Float[Array, ""], Sums]:
+        """The total loss and every figure, from sums and totals."""
+        totals = {name: jnp.maximum(value, 1) for name, value in totals.items()}
         t, real, masks = self.terms, totals["real_rows"], totals["mask_rows"]
         values = {
             "base_loss": sums["base"] / masks,

@@ -23,7 +23,7 @@ from mtp_jax.model.folder import (
 )
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, init_params, weight_table
-from mtp_jax.training.sharding import params_sharding, weight_sharding
+from mtp_jax.training.sharding import table_sharding, weight_sharding
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def load_base(base: Base, mesh: jax.sharding.Mesh, seed: int, dtype: jnp.dtype) 
     """The base's weights in `dtype`, read from its folder or drawn afresh, each in its final sharding."""
     if base.folder is not None:
         return load_params(base.folder, base.g, dtype, lambda weight: weight_sharding(mesh, weight))
-    draw = jax.jit(lambda key: init_params(base.g, key, dtype), out_shardings=params_sharding(mesh, base.g))
+    draw = jax.jit(lambda key: init_params(base.g, key, dtype), out_shardings=table_sharding(mesh, weight_table(base.g)))
     return draw(jax.random.key(seed))
 
 
