@@ -24,7 +24,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 _BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 # Files are mapped for one read at a time: pages of a map stay in memory until it is closed.
-_READ_BYTES = 16 << 20
+_READ_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -236,9 +236,20 @@ def load_params(
         keys = [renamed.get(key, key) for key in weight.keys()]
         kept = np.dtype(dtype or jnp.result_type(*{stored[key].dtype for key in keys}))
 
-        def read(index: tuple[slice, ...], weight: Weight = weight, keys: list[str] = keys, kept: np.dtype = kept):
-            index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, weight.shape, strict=True))
-            block = np.empty([s.stop - s.start for s in index], kept)
+        blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices that hold the same part share one
+
+        def read(
+            index: tuple[slice, ...],
+            weight: Weight = weight,
+            keys: list[str] = keys,
+            kept: np.dtype = kept,
+            blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = blocks,
+        ) -> np.ndarray:
+            bounds = tuple(s.indices(n)[:2] for s, n in zip(index, weight.shape, strict=True))
+            if bounds in blocks:
+                return blocks[bounds]
+            index = tuple(slice(*bound) for bound in bounds)
+            block = blocks[bounds] = np.empty([s.stop - s.start for s in index], kept)
             if weight.stacked:
                 for slot, layer in enumerate(range(index[0].start, index[0].stop)):
                     _read_into(block[slot], stored[keys[layer]], keys[layer], index[1:], weight.transposed)
