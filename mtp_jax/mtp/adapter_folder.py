@@ -32,9 +32,9 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for key, tensor in sorted(stored_tensors(folder).items()):
         row_bytes = tensor.dtype.itemsize * math.prod(tensor.shape[1:])
-        count = max(1, _SAMPLE_BYTES // max(1, row_bytes))
+        count = min(tensor.shape[0], max(1, _SAMPLE_BYTES // max(1, row_bytes)))
         digest.update(f"{key} {tensor.shape} {tensor.dtype.name}\n".encode())
-        for rows in (slice(0, count), slice(max(0, tensor.shape[0] - count), tensor.shape[0])):
+        for rows in (slice(0, count), slice(tensor.shape[0] - count, tensor.shape[0])):
             digest.update(np.ascontiguousarray(read_slice(tensor, key, (rows,))).tobytes())
     return digest.hexdigest()
 
