@@ -28,12 +28,18 @@ def _full_disk(error: BaseException | None) -> bool:
     return False
 
 
+def _say_nothing(_: object) -> None:
+    pass
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`; faults go to stderr, one line each, and end the process with exit code 2."""
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
+        # What libraries stumble over while they are torn down after a fault (pending reads, say) is no news.
+        sys.unraisablehook = _say_nothing
         faults = error.faults
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -43,6 +49,7 @@ def run_command(main: Callable[[], None]) -> None:
     except Exception as error:
         if not _full_disk(error):
             raise
+        sys.unraisablehook = _say_nothing
         name = getattr(error, "filename", None)
         where = f" (writing {name})" if name else ""
         faults = (f"the disk is full{where}: free some space and run the command again.",)

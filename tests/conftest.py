@@ -62,12 +62,12 @@ def compiled(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
-@pytest.fixture
-def tree(tmp_path, corpus, compiled, llama_config):
-    """The config of a tiny run as a mapping, to be changed at will."""
-    return {
+@pytest.fixture(scope="session")
+def make_tree(corpus, compiled, llama_config):
+    """A function from an output folder to the config of a tiny run, as a mapping to be changed at will."""
+    return lambda out: {
         "objective": "next_token",
-        "output_dir": str(tmp_path / "run"),
+        "output_dir": str(out),
         "model": {
             "scratch": {"config": copy.deepcopy(llama_config), "tokenizer": {"vocabulary": 300}},
             "save_dtype": "float32",
@@ -85,6 +85,23 @@ def tree(tmp_path, corpus, compiled, llama_config):
         "checkpoints": {"every": 3},
         "compilation_cache": str(compiled),
     }
+
+
+@pytest.fixture
+def tree(make_tree, tmp_path):
+    """The config of a tiny run in a folder of this test."""
+    return make_tree(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def finished(make_tree, tmp_path_factory):
+    """The output folder of a tiny run that ended undisturbed; not to be changed."""
+    from mtp_jax.config import validate
+    from mtp_jax.training.run import train
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(validate(make_tree(folder), "tree"))
+    return folder
 
 
 class Outcome:
@@ -119,6 +136,7 @@ def command(monkeypatch, capfd):
 
     def run(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
         capfd.readouterr()
         code = 0
         try:
@@ -132,13 +150,13 @@ def command(monkeypatch, capfd):
 
 @pytest.fixture
 def start(compiled):
-    """A function that starts a command of mtp_jax as a process: (module, *arguments, **environment) -> Popen."""
+    """A function that starts a command of mtp_jax as a process, by a script of one's own or plainly."""
     started = []
 
-    def popen(module, *arguments, **environment):
+    def popen(module, *arguments, script=None, **environment):
         quick = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
         process = subprocess.Popen(
-            [sys.executable, "-m", f"mtp_jax.{module}", *map(str, arguments)],
+            [sys.executable, *([*script, module] if script else ["-m", f"mtp_jax.{module}"]), *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -41,7 +41,8 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
         ),
     ],
 )
-def test_faults_are_lines_and_code_2(error, lines, capsys):
+def test_faults_are_lines_and_code_2(error, lines, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     with pytest.raises(SystemExit) as end:
         run_command(raising(error))
     assert end.value.code == 2

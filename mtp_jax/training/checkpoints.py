@@ -20,8 +20,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig):
-        # Orbax warns of choices made here on purpose and of every step it takes.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax warns of choices made here on purpose and logs, with tracebacks, the errors that it then raises.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )

@@ -1,0 +1,200 @@
+"""A run that is killed, or that fills its disk, and is started again ends as if nothing had happened."""
+
+import os
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import listing, read_lines
+from disturbed import BALLAST
+from safetensors.numpy import load_file
+
+DISTURBED = Path(__file__).with_name("disturbed.py")
+SIGKILLED = -9
+
+
+def outcome_of_run(folder):
+    """What must not depend on disturbances."""
+    return (folder / "metrics.jsonl").read_bytes(), load_file(folder / "model" / "model.safetensors")
+
+
+def assert_same(a, b):
+    assert a[0] == b[0]
+    assert a[1].keys() == b[1].keys()
+    assert all(np.array_equal(a[1][key].view(np.uint32), b[1][key].view(np.uint32)) for key in a[1])
+
+
+def assert_complete(folder, steps=12):
+    metrics = read_lines(folder / "metrics.jsonl")
+    assert [line["step"] for line in metrics if "loss" in line] == list(range(1, steps + 1))
+    assert [line["step"] for line in metrics if "held_out_loss" in line] == list(range(4, steps + 1, 4))
+    assert [line["step"] for line in read_lines(folder / "timing.jsonl")] == list(range(1, steps + 1))
+    assert not [path for path in folder.rglob("*") if ".part" in path.name or "tmp" in path.name]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished):
+    assert_complete(finished)
+    return outcome_of_run(finished)
+
+
+@pytest.fixture
+def start_disturbed(start):
+    """A function that starts a train command that disturbs itself: (config, point, count, action) -> Popen."""
+
+    def popen(config, point, count, action):
+        return start("train", "--config", config, script=[str(DISTURBED), point, str(count), str(action)])
+
+    return popen
+
+
+def test_a_killed_run_ends_like_an_undisturbed_one(tree, write_config, start, start_disturbed, finish, undisturbed):
+    config, folder, seen = write_config(tree), Path(tree["output_dir"]), []
+    # Lines of metrics: a line per step, and one more at steps 4, 8 and 12. Checkpoints: at steps 3, 6, 9 and 12.
+    for point, count, resumes_from in [
+        ("tokenizer", 1, None),
+        ("torn", 2, None),
+        ("begun", 1, None),
+        ("line", 6, (0, 3)),
+        ("model", 1, (3, 6)),
+    ]:
+        ended = finish(start_disturbed(config, point, count, "kill"))
+        assert ended.code == SIGKILLED, ended
+        seen.append(ended.err)
+        assert resumes_from is None or any(f"from step {step}" in ended.err or step == 0 for step in resumes_from)
+    assert not (folder / "model").exists()
+    ended = finish(start("train", "--config", config))
+    assert ended.code == 0 and "resuming" in ended.err and "from step 12" in ended.err
+    assert_complete(folder)
+    assert_same(outcome_of_run(folder), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_every_step_ends_like_an_undisturbed_one(
+    tree, write_config, start, start_disturbed, finish, undisturbed
+):
+    tree["checkpoints"]["every"] = 1
+    config, folder = write_config(tree), Path(tree["output_dir"])
+    for _ in range(30):
+        ended = finish(start_disturbed(config, "line", 2, "kill"))
+        if ended.code == 0:
+            break
+        assert ended.code == SIGKILLED, ended
+    assert finish(start("train", "--config", config)).code == 0
+    assert_complete(folder)
+    assert_same(outcome_of_run(folder), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_at_random_moments_ends_like_an_undisturbed_one(
+    tree, write_config, start, finish, undisturbed, seed
+):
+    config, folder, rng = write_config(tree), Path(tree["output_dir"]), random.Random(seed)
+    begun = time.monotonic()
+    finish(start("train", "--config", write_config({**tree, "output_dir": str(folder) + "-timed"}, "timed.yaml")))
+    usual = time.monotonic() - begun
+    for _ in range(8):
+        process = start("train", "--config", config)
+        time.sleep(rng.uniform(0.2, 1.0) * usual)
+        process.kill()
+        finish(process)
+    assert finish(start("train", "--config", config)).code == 0
+    assert_complete(folder)
+    assert_same(outcome_of_run(folder), undisturbed)
+
+
+# ---- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own, of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def assert_full_disk(ended, points=""):
+    assert ended.code == 2, (points, ended)
+    assert len(ended.errors) == 1 and "the disk is full" in ended.errors[0], (points, ended)
+    assert "Traceback" not in ended.err and "Exception ignored" not in ended.err, (points, ended)
+
+
+def test_a_run_on_a_full_disk_says_so_and_goes_on_later(
+    tree, write_config, small_disk, start, start_disturbed, finish, undisturbed
+):
+    folder = small_disk / "run"
+    config = write_config({**tree, "output_dir": str(folder)})
+    for point, count in [("line", 2), ("save", 1), ("begun", 1), ("model", 1)]:
+        ended = finish(start_disturbed(config, point, count, small_disk))
+        if point == "begun" and ended.code == 0:
+            continue  # the save was quicker than the filling of the disk
+        assert_full_disk(ended, point)
+        assert not (folder / "model").exists()
+        (small_disk / BALLAST).unlink()
+    assert finish(start("train", "--config", config)).code == 0
+    assert_complete(folder)
+    assert_same(outcome_of_run(folder), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_disk_of_any_size_too_small_is_reported(tree, write_config, small_disk, start, finish, undisturbed):
+    folder = small_disk / "run"
+    config = write_config({**tree, "output_dir": str(folder)})
+    for kib in [16, 64, 128, 256, 512, 768, 1024, 1536, 2048, 8192]:
+        subprocess.run(["mount", "-o", f"remount,size={kib}k", str(small_disk)], check=True)
+        ended = finish(start("train", "--config", config))
+        if ended.code == 0:
+            break
+        assert_full_disk(ended, kib)
+    assert ended.code == 0 and kib > 64
+    assert_complete(folder)
+    assert_same(outcome_of_run(folder), undisturbed)
+
+
+# ---- a checkpoint that is damaged
+
+
+def copy_of(finished, tree, tmp_path):
+    folder = Path(tree["output_dir"])
+    subprocess.run(["cp", "-a", str(finished), str(folder)], check=True)
+    return folder
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_does(
+    finished, undisturbed, tree, write_config, command, tmp_path
+):
+    folder = copy_of(finished, tree, tmp_path)
+    config, newest = write_config(tree), folder / "checkpoints" / "12"
+    files, refused = [path for path in sorted(newest.rglob("*")) if path.is_file() and path.stat().st_size], []
+    for path in files:
+        whole = path.read_bytes()
+        for size in (0, len(whole) // 2):
+            os.truncate(path, size)
+            before = listing(folder)
+            ended = command("train", "--config", config)
+            path.write_bytes(whole)
+            if ended.code == 0:  # a file that nothing is restored from
+                assert_same(outcome_of_run(folder), undisturbed)
+                continue
+            os.truncate(path, size)
+            assert listing(folder) == before
+            path.write_bytes(whole)
+            assert ended.code == 2 and len(ended.errors) == 1 and "Traceback" not in ended.err, (path, ended)
+            assert str(newest) in ended.errors[0] and "delete this folder" in ended.errors[0]
+            refused.append(path.relative_to(newest).parts[0])
+    assert {"state", "data"} <= set(refused)
+    subprocess.run(["rm", "-r", str(newest)], check=True)
+    assert command("train", "--config", config).code == 0
+    assert_complete(folder)
+    assert_same(outcome_of_run(folder), undisturbed)
