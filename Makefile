@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-MODEL := bundled:stdlib-6m
+MODEL := bundled:stdlib-5m
 # The beginning of a function of secrets.py, which the bundled model was not trained on.
 PROMPT := def randbelow(exclusive_upper_bound):\n    """Return a random int in the range [0, n)."""\n    if
 

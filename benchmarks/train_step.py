@@ -50,12 +50,17 @@ class LiteralPacking(MultiTokenLoss):
         tokens, positions, anchors = batch["tokens"], batch["positions"], batch["anchors"]
         (B, T), G = tokens.shape, anchors.shape[1]
         x = jnp.concatenate(
-            [p["embed"]["embedding"][tokens], jnp.broadcast_to(trained["mtp"]["masks"], (B, G, M, g.D)).reshape(B, -1, g.D)],
+            [
+                p["embed"]["embedding"][tokens],
+                jnp.broadcast_to(trained["mtp"]["masks"], (B, G, M, g.D)).reshape(B, -1, g.D),
+            ],
             axis=1,
         )
         offset = jnp.arange(1, M + 1)
         position = jnp.concatenate([positions, (anchors[..., None] + offset).reshape(B, -1)], axis=1)
-        block = jnp.concatenate([jnp.full((B, T), -1), jnp.broadcast_to(jnp.arange(G)[:, None], (B, G, M)).reshape(B, -1)], 1)
+        block = jnp.concatenate(
+            [jnp.full((B, T), -1), jnp.broadcast_to(jnp.arange(G)[:, None], (B, G, M)).reshape(B, -1)], 1
+        )
         reach = jnp.concatenate([positions, jnp.broadcast_to(anchors[..., None], (B, G, M)).reshape(B, -1)], axis=1)
         gate = (block >= 0)[..., None].astype(jnp.float32)
         cos, sin = angles(g.rope, position)

@@ -347,7 +347,15 @@ def _readable(section: type[BaseModel], tree: dict[str, Any], bad: set[tuple[Any
 def _contradictions(c: Any) -> list[str]:
     """Values that are right one by one but not together; rules about values at fault are left out."""
     faults: list[str] = []
-    for rule in (_one_model, _objective_fits, _sources_agree, _parts_divide, _steps_after_warmup, _something_held_out, _mesh_sizes):
+    for rule in (
+        _one_model,
+        _objective_fits,
+        _sources_agree,
+        _parts_divide,
+        _steps_after_warmup,
+        _something_held_out,
+        _mesh_sizes,
+    ):
         try:
             faults += rule(c)
         except _FaultyValue:

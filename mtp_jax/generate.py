@@ -38,7 +38,9 @@ def _prompt(record: Any) -> Any:
         if isinstance(prompt := record.get("prompt"), str):
             return prompt
         messages = record.get("messages")
-        if isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        if isinstance(messages, list) and all(
+            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
+        ):
             return messages
     raise ValueError("needs a string 'prompt', or 'messages' with role and content")
 

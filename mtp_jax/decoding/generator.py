@@ -31,7 +31,7 @@ class Completion:
 class Generator:
     """A model ready to decode. Weights are held once, unstacked.
 
-    >>> generator = Generator.load("bundled:stdlib-6m")
+    >>> generator = Generator.load("bundled:stdlib-5m")
     >>> completion = generator(["def main():"], max_new_tokens=64)[0]
     >>> print(generator.text(completion))
     """
@@ -81,9 +81,7 @@ class Generator:
         """The new tokens as text, special tokens left out."""
         return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
 
-    def __call__(
-        self, prompts: list[str], max_new_tokens: int, batch_size: int | None = None
-    ) -> list[Completion]:
+    def __call__(self, prompts: list[str], max_new_tokens: int, batch_size: int | None = None) -> list[Completion]:
         """Continue texts, `batch_size` at a time (all at once by default)."""
         return self.complete([self.encode(prompt) for prompt in prompts], max_new_tokens, batch_size or len(prompts))
 

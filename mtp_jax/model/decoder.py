@@ -141,8 +141,8 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """The base model. `params` come from `weight_table`; computation runs in `dtype`, softmax and norms in float32.
 
-    With `scanned` layers every weight is stacked [L, ...]: one compiled layer, for training. Without, `params` and cache
-    hold one entry per layer (`unstack_layers`): nothing is copied out of a stack, for decoding.
+    With `scanned` layers every weight is stacked [L, ...]: one compiled layer, for training. Without, `params` and
+    cache hold one entry per layer (`unstack_layers`): nothing is copied out of a stack, for decoding.
     """
 
     g: Geometry

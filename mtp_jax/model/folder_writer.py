@@ -23,7 +23,7 @@ def stored_form(params: Params, g: Geometry, dtype: jnp.dtype) -> Iterator[tuple
     """Every tensor under its Hugging Face name and in its layout, one at a time on the host."""
     for weight in weight_table(g):
         leaf = leaf_at(params, weight.path)
-        for slot, key in enumerate(weight.keys()):
+        for slot, key in enumerate(weight.stored_keys()):
             tensor = np.asarray((leaf[slot] if weight.stacked else leaf).astype(dtype))
             yield key, np.ascontiguousarray(tensor.T if weight.transposed else tensor)
 
@@ -49,7 +49,9 @@ def write_folder(
     config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
     config["dtype"] = jnp.dtype(dtype).name
     _write_json(part / "config.json", config)
-    stops = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    stops: dict[str, Any] = {
+        key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config
+    }
     _write_json(part / "generation_config.json", stops)
     tokenizer.save_pretrained(part)
     for path in (path for path in part.rglob("*") if path.is_file()):

@@ -1,4 +1,4 @@
-"""What is trained beside the frozen base: gated LoRA, mask embeddings and sampler head, as one tree of two collections."""
+"""What is trained beside the frozen base: gated LoRA, mask embeddings and sampler head, in two collections."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""Adapter folders: trained arrays as safetensors beside `mtp_config.json`, and the fingerprint that ties them to a base."""
+"""Adapter folders: safetensors beside `mtp_config.json`, tied to a base model by a fingerprint."""
 
 import hashlib
 import json

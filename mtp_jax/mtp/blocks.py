@@ -57,9 +57,7 @@ class Targets(NamedTuple):
     share: Float[Array, "B G M"]  # 1/|S(t)|, S(t) being the mask rows of position t; 0 where the row does not exist
 
 
-def blocks_of(
-    anchors: Int[Array, "B G"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
-) -> Blocks:
+def blocks_of(anchors: Int[Array, "B G"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Blocks:
     """The blocks of a batch for the decoder; an anchor of -1 gives a block that sees itself alone."""
     at = jnp.maximum(anchors, 0)
     segment = jnp.where(anchors >= 0, jnp.take_along_axis(segments, at, axis=1), 0)

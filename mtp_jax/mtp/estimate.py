@@ -1,4 +1,4 @@
-"""Tokens per step without decoding: walk the base model's own continuations as the decoder would (method.md, section 5)."""
+"""Tokens per step without decoding: walk the base model's own continuations as the decoder would."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ class Estimator:
     draft_chunk: int = 512  # blocks, over the batch, whose draft logits exist at a time
 
     def accepted(self, trained: Params, frozen: Params, of: Continuations) -> Int[Array, "B S"]:
-        """For a block anchored at each row: how many of its M drafts, from the first on, are what the base goes on with.
+        """For a block behind each row: how many of its M drafts, from the first on, are what the base goes on with.
 
         Rows before the last prompt token and after the second last token of a continuation are 0.
         """

@@ -42,5 +42,3 @@ def init_lora(g: Geometry, targets: tuple[str, ...], rank: int, key: PRNGKeyArra
 def scaled(lora: Params, scale: float) -> Params:
     """The collection as the decoder applies it: B times alpha/R, so that y = W x + (alpha/R) B (A x)."""
     return jax.tree.map_with_path(lambda path, x: x * scale if path[-1].key == "b" else x, lora)
-
-

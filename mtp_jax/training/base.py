@@ -92,7 +92,9 @@ def load_base(base: Base, mesh: jax.sharding.Mesh, seed: int, dtype: jnp.dtype) 
     """The base's weights in `dtype`, read from its folder or drawn afresh, each in its final sharding."""
     if base.folder is not None:
         return load_params(base.folder, base.g, dtype, lambda weight: weight_sharding(mesh, weight))
-    draw = jax.jit(lambda key: init_params(base.g, key, dtype), out_shardings=table_sharding(mesh, weight_table(base.g)))
+    draw = jax.jit(
+        lambda key: init_params(base.g, key, dtype), out_shardings=table_sharding(mesh, weight_table(base.g))
+    )
     return draw(jax.random.key(seed))
 
 

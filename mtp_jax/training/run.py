@@ -119,7 +119,9 @@ def train(config: Config) -> Path:
         with ProgressBar(config.train.steps, start) as progress:
             if start:
                 progress.say(f"resuming {run_dir} from step {start}")
-            progress.say(f"training {parameter_count(state.trained):,} parameters, {parameter_count(task.frozen):,} frozen")
+            progress.say(
+                f"training {parameter_count(state.trained):,} parameters, {parameter_count(task.frozen):,} frozen"
+            )
             record = Recorder(config, metrics, timing, trackers, progress, documents)
             for step in range(start + 1, config.train.steps + 1):
                 waited = time.perf_counter()

@@ -123,9 +123,7 @@ class MultiTokenTask:
             adapter["mtp"]["masks"] = adapter["mtp"]["masks"][: self.shape.masks]
             _check_continues(found, self.shape)
             return jax.device_put(adapter, placed)
-        draw = jax.jit(
-            lambda table, key: init_adapter(self.base.g, self.shape, table, key), out_shardings=placed
-        )
+        draw = jax.jit(lambda table, key: init_adapter(self.base.g, self.shape, table, key), out_shardings=placed)
         return draw(self.frozen["params"]["embed"]["embedding"], jax.random.key(self.config.seed))
 
     def _sums(self, trained: Params, frozen: Params, batch: Any) -> tuple[Any, Any]:
