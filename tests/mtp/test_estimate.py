@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from tiny import SHAPE, geometry, noisy, run
 
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import init_params
 from mtp_jax.mtp.adapter import init_adapter
 from mtp_jax.mtp.estimate import Continuations, Estimator, tokens_per_step, usable, walk
-from tiny import SHAPE, geometry, noisy, run
 
 PROMPT, NEW = 5, 14
 
@@ -79,10 +79,8 @@ def test_estimate_is_what_a_decoder_reaches(sampler):
         for masks in (1, 3):
             tokens, steps = decode_by_hand(params, adapter, g, shape, prompt, NEW, masks)
             of = Continuations(np.array([tokens]), np.array([PROMPT]), np.array([len(tokens)]))
-            accepted = run(
-                lambda a: Estimator(Decoder(g), shape, 64).accepted(a, {"params": params}, of),
-                adapter,  # noqa: B023
-            )
+            estimate = Estimator(Decoder(g), shape, 64).accepted
+            accepted = run(lambda a, of: estimate(a, {"params": params}, of), adapter, of)
             assert walk(np.asarray(accepted)[0], PROMPT, len(tokens), masks) == (NEW - 1, steps)
 
 

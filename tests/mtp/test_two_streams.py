@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from tiny import SHAPE, T, geometry, make_batch, noisy, run
 
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import init_params
 from mtp_jax.mtp.adapter import init_adapter
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
-from tiny import SHAPE, T, geometry, make_batch, noisy, run
 
 PAPER = LossTerms(target="data", sampler_on_real=True)
 

@@ -174,7 +174,7 @@ def lesson(make_tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lesson")
     texts = folder / "texts"
     texts.mkdir()
-    words = "one two three four five six seven eight nine ten".split()
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     for i in range(40):
         turned = words[i % 10 :] + words[: i % 10]
         (texts / f"{i:02}.txt").write_text(" ".join(turned * 4))
