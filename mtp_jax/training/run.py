@@ -25,7 +25,7 @@ from mtp_jax.training.optimizer import learning_rate, make_optimizer
 from mtp_jax.training.progress import ProgressBar
 from mtp_jax.training.recorder import Recorder
 from mtp_jax.training.step import TrainState, make_train_step
-from mtp_jax.training.tasks import MultiTokenTask, make_task, shapes_of
+from mtp_jax.training.tasks import MultiTokenTask, check_adapter, make_task, shapes_of
 
 # A run may continue with other values of these; anything else would change what it computes.
 _FREE = ("output_dir", "checkpoints", "logging", "compilation_cache", "mesh")
@@ -48,6 +48,7 @@ def train(config: Config) -> Path:
             "data.sources.N.separator to part a file into documents, raise data.held_out, or unset evaluation.every."
         )
     check_base(config)
+    check_adapter(config)
     check_trackers(config)
     enable_compilation_cache(config.compilation_cache)
 

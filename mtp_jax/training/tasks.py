@@ -13,7 +13,7 @@ from mtp_jax.data.pipeline import Anchors, Batch
 from mtp_jax.data.sources import Document
 from mtp_jax.decoding.loop import Limits, decode
 from mtp_jax.errors import UserError
-from mtp_jax.model.folder import stop_ids
+from mtp_jax.model.folder import find_folder, read_geometry, stop_ids
 from mtp_jax.model.folder_writer import parameter_count, write_folder
 from mtp_jax.model.weights import Params, Weight, build_tree, weight_table
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table, init_adapter
@@ -119,9 +119,8 @@ class MultiTokenTask:
         """A fresh adapter, or the one of `model.adapter`."""
         placed = table_sharding(self.mesh, self.table)
         if self.config.model.adapter is not None:
-            found, adapter = load_adapter(find_adapter(self.config.model.adapter), self.base.g, self.base.folder)
+            _, adapter = load_adapter(find_adapter(self.config.model.adapter), self.base.g, self.base.folder)
             adapter["mtp"]["masks"] = adapter["mtp"]["masks"][: self.shape.masks]
-            _check_continues(found, self.shape)
             return jax.device_put(adapter, placed)
         draw = jax.jit(lambda table, key: init_adapter(self.base.g, self.shape, table, key), out_shardings=placed)
         return draw(self.frozen["params"]["embed"]["embedding"], jax.random.key(self.config.seed))
@@ -193,7 +192,18 @@ def adapter_shape(config: Config) -> AdapterShape:
     return AdapterShape(config.mtp.masks, lora.rank, alpha, tuple(lora.targets), config.mtp.sampler, lora.gated)
 
 
-def _check_continues(found: AdapterShape, wanted: AdapterShape) -> None:
+def check_adapter(config: Config) -> None:
+    """Read the adapter that a run starts from and write nothing.
+
+    Raises:
+        UserError: no adapter there, one of another base, or one that the config's settings do not continue.
+    """
+    if config.model.adapter is None:
+        return
+    assert config.model.path is not None
+    folder = find_folder(config.model.path)
+    found, _ = load_adapter(find_adapter(config.model.adapter), read_geometry(folder), folder)
+    wanted = adapter_shape(config)
     faults = []
     if wanted.masks > found.masks:
         faults.append(f"mtp.masks={wanted.masks} is more than the {found.masks} that model.adapter has.")
