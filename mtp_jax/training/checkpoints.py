@@ -71,14 +71,17 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        try:
-            self.finish()
-        except Exception as failed:
-            if not isinstance(error, UserError):
-                raise
-            raise UserError(*error.faults, f"{self.folder}: the last checkpoint was not saved ({failed}).") from failed
-        finally:
-            self.manager.close()
+        failures = []
+        for end in (self.finish, self.manager.close):  # the second raises the error of the first again
+            try:
+                end()
+            except Exception as failure:
+                failures.append(failure)
+        if failures and isinstance(error, UserError):
+            fault = f"{self.folder}: the last checkpoint was not saved ({failures[0]})."
+            raise UserError(*error.faults, fault) from failures[0]
+        if failures:
+            raise failures[0]
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -35,8 +35,8 @@ def put(tree, place, value):
         ({"model.scratch.tokenizer.vocabulary": 301}, ["vocabulary=301 is more than model.scratch.config.vocab_size"]),
         ({"model.scratch.config.hidden_size": "x"}, ["model.scratch.config: hidden_size is 'x'"]),
         (
-            {"model.scratch.config.hidden_size": "x", "model.scratch.config.num_attention_heads": 0},
-            ["hidden_size", "num_attention_heads"],
+            {"model.scratch.config.hidden_size": "x", "model.scratch.config.intermediate_size": 0},
+            ["hidden_size", "intermediate_size"],
         ),
         ({"model.scratch.config.model_type": "gpt2"}, ["'gpt2'"]),
         ({"train.sequence_length": 65}, ["train.sequence_length=65 is longer than the model's context of 64"]),
@@ -141,7 +141,7 @@ def test_a_sequence_longer_than_the_context_is_named(tree, model, write_config, 
 def test_fine_tuning_begins_where_the_model_is(tree, model, write_config, command, finished):
     from conftest import read_lines
 
-    config = fine_tune(tree, model, write_config, steps=2, learning_rate=1e-9)
+    config = fine_tune(tree, model, write_config, steps=2, warmup_steps=0, learning_rate=1e-9)
     ended = command("train", "--config", config)
     assert ended.code == 0, ended
     tuned = read_lines(Path(tree["output_dir"]) / "metrics.jsonl")[-1]["held_out_loss"]

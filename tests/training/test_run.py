@@ -20,10 +20,8 @@ from mtp_jax.training.step import WEIGHTS_FINITE
 
 def test_the_records_of_a_run(finished):
     metrics = read_lines(finished / "metrics.jsonl")
-    assert {tuple(line) for line in metrics if "loss" in line} == {
-        ("step", "loss", "accuracy", "gradient_norm", "learning_rate")
-    }
-    assert all(WEIGHTS_FINITE not in line for line in metrics)
+    names = {"step", "loss", "accuracy", "gradient_norm", "learning_rate"}
+    assert all(line.keys() == names for line in metrics if "loss" in line)
     losses = [line["held_out_loss"] for line in metrics if "held_out_loss" in line]
     assert losses == sorted(losses, reverse=True) and losses[0] - losses[-1] > 0.1
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["12", "9"]
