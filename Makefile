@@ -12,9 +12,11 @@ help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 20
 
 .PHONY: quickstart
-quickstart: $(VENV)/.base ## complete held-out code with the bundled model and measure its held-out loss
+quickstart: $(VENV)/.plot ## train a multi-token predictor for the bundled model and show what it foresees
 	$(BIN)/python -m mtp_jax.generate --model $(MODEL) --prompt "$$(printf '$(PROMPT)')" --max-new-tokens 64
-	$(BIN)/python -m mtp_jax.evaluate --model $(MODEL) --batches 20
+	$(BIN)/python -m mtp_jax.train --config configs/quickstart.yaml
+	$(BIN)/python -m mtp_jax.evaluate --model $(MODEL) --adapter runs/quickstart --batches 10 --sequence-length 256 \
+		--prompts 32 --plot runs/quickstart/foresight.png
 
 .PHONY: test
 test: $(VENV)/.test ## style checks and all tests that are not marked slow
@@ -40,9 +42,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 		$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
 
-$(VENV)/.base: EXTRA :=
+$(VENV)/.plot: EXTRA := [plot]
 $(VENV)/.test: EXTRA := [test]
 $(VENV)/.dev: EXTRA := [dev]
-$(VENV)/.base $(VENV)/.test $(VENV)/.dev: pyproject.toml | $(BIN)/python
+$(VENV)/.plot $(VENV)/.test $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRA)'
 	touch $@

@@ -200,8 +200,8 @@ def test_each_part_matters(lesson):
         "full": lesson.judge(lesson.train(full)),
         "no consistency": lesson.judge(lesson.train(dataclasses.replace(full, lcm_weight=0.0))),
         "no sampler": lesson.judge(lesson.train(full, "none"), "none"),
-        "data targets": lesson.judge(lesson.train(dataclasses.replace(full, target="data"))),
-        "shifted": lesson.judge(lesson.train(dataclasses.replace(full, target="data"), shift=1)),
+        "data targets": lesson.judge(lesson.train(LossTerms(target="data", lcm_weight=0.0))),
+        "shifted": lesson.judge(lesson.train(LossTerms(target="data", lcm_weight=0.0), shift=1)),
     }
     mean = {name: float(np.mean(figures["agreement_base"])) for name, figures in judged.items()}
     assert mean["full"] > mean["untrained"] + 0.2
@@ -210,9 +210,9 @@ def test_each_part_matters(lesson):
     assert "agreement" not in judged["no sampler"] and "sampler_loss" not in judged["no sampler"]
     # Without the consistency loss the latents stay further from those of the real rows.
     assert judged["no consistency"]["lcm_loss"] > 1.2 * judged["full"]["lcm_loss"]
-    # Each target is met best by training on it.
-    assert judged["full"]["base_loss"] < judged["data targets"]["base_loss"]
-    assert judged["data targets"]["data_base_loss"] < judged["full"]["data_base_loss"] * 1.2
+    # Training on the base's own distribution serves that better, and the data worse, than training on the data.
+    soft, hard = judged["no consistency"], judged["data targets"]
+    assert soft["base_loss"] / hard["base_loss"] < 0.98 * soft["data_base_loss"] / hard["data_base_loss"]
     # Trained towards the token after, masks no longer predict theirs.
     assert mean["shifted"] < mean["data targets"] - 0.2
     assert judged["shifted"]["data_base_loss"] > judged["data targets"]["data_base_loss"] + 0.5
