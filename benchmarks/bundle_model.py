@@ -1,7 +1,7 @@
 """Turn a finished run of configs/bundled_stdlib.yaml into the bundled model: its folder, card and training digests.
 
-    python -m mtp_jax.train --config configs/bundled_stdlib.yaml
-    python benchmarks/bundle_model.py --run runs/bundled_stdlib --out mtp_jax/bundled/stdlib-5m
+python -m mtp_jax.train --config configs/bundled_stdlib.yaml
+python benchmarks/bundle_model.py --run runs/bundled_stdlib --out mtp_jax/bundled/stdlib-5m
 """
 
 import argparse

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mtp_jax.errors import UserError
-from mtp_jax.model.folder import read_json, read_slice, stored_tensors
+from mtp_jax.model.folder import find_folder, read_json, read_slice, stored_tensors
+from mtp_jax.model.folder_writer import whole_or_absent
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import PROJECTIONS, Params, build_tree, leaf_at
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table
@@ -54,11 +53,7 @@ def write_adapter(
         base: `name` and `fingerprint` of the base model.
         summary: what is worth knowing about its training.
     """
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     tensors = {w.key: np.asarray(leaf_at(adapter, w.path)).astype(dtype) for w in adapter_table(g, shape)}
-    save_file(tensors, part / TENSORS, metadata={"format": "pt"})
     config = {
         "format": FORMAT,
         "masks": shape.masks,
@@ -70,12 +65,9 @@ def write_adapter(
         "base": base,
         "training": summary,
     }
-    (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in part.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(out, ignore_errors=True)
-    part.rename(out)
+    with whole_or_absent(out) as part:
+        save_file(tensors, part / TENSORS, metadata={"format": "pt"})
+        (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def find_adapter(name: str) -> Path:
@@ -84,8 +76,6 @@ def find_adapter(name: str) -> Path:
     Raises:
         UserError: nothing of that name, or a folder without an adapter.
     """
-    from mtp_jax.model.folder import find_folder
-
     if name.startswith("bundled:"):
         folder = find_folder(name) / "adapter"
     elif (local := Path(name).expanduser()).exists():

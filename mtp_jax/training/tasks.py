@@ -13,7 +13,7 @@ from mtp_jax.data.pipeline import Anchors, Batch
 from mtp_jax.data.sources import Document
 from mtp_jax.decoding.loop import Limits, decode
 from mtp_jax.errors import UserError
-from mtp_jax.model.folder import find_folder, read_geometry, stop_ids
+from mtp_jax.model.folder import find_folder, read_geometry, read_json, stop_ids
 from mtp_jax.model.folder_writer import parameter_count, write_folder
 from mtp_jax.model.weights import Params, Weight, build_tree, weight_table
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table, init_adapter
@@ -78,7 +78,11 @@ class NextTokenTask:
         """`model/`, an ordinary Hugging Face folder."""
         del figures
         out, dtype = run_dir / "model", jnp.dtype(self.config.model.save_dtype)
-        write_folder(out, trained, self.base.g, self.base.config, self.base.tokenizer, dtype)
+        generation = None
+        if self.base.folder is not None and (self.base.folder / "generation_config.json").is_file():
+            generation = read_json(self.base.folder / "generation_config.json")
+        base = self.base
+        write_folder(out, trained, base.g, base.config, base.tokenizer, dtype, generation=generation)
         return out
 
 
