@@ -2,7 +2,8 @@
 
     python docs/draw.py                 writes docs/pictures/*.png; needs the extra `plot`
 
-Anchors, targets and the keys that a row sees are computed by the package; nothing of it is drawn by hand.
+Anchors, targets and the keys that a row sees are computed by the package; only the diagram of the two streams is drawn
+by hand.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 def over_chunks(f: Callable[[Any], tuple[Any, Any]], rows: Any, chunk: int) -> tuple[Any, Any]:
     """Apply `f` to chunks of rows: the total of its first result, and its second for all rows.
 
-    `f` is computed again in the backward pass, a chunk at a time.
+    Where there are several chunks, `f` is computed again in the backward pass, a chunk at a time.
 
     Args:
         f: from arrays [B, c, ...] to a tree of sums and a tree of arrays [B, c, ...]; rows of zeros must add nothing.
@@ -29,7 +29,7 @@ def over_chunks(f: Callable[[Any], tuple[Any, Any]], rows: Any, chunk: int) -> t
     chunks = jax.tree.map(cut, rows)
     first = jax.tree.map(lambda x: x[0], chunks)
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, first)[0])
-    step = jax.checkpoint(f)
+    step = jax.checkpoint(f) if count > 1 else f
 
     def body(total: Any, part: Any) -> tuple[Any, Any]:
         sums, values = step(part)
