@@ -52,7 +52,8 @@ measured without a download. Expect code of the right shape, not right code.
 
     python -m mtp_jax.evaluate --model bundled:{name}
 
-prints these figures with Python {python}. Another Python has other library files: there the command takes only files
+The largest held-out file, `{largest}`, holds {largest_share:.0%} of the held-out characters. The command above prints
+the figures of the table with Python {python}. Another Python has other library files: there the command takes only files
 that are held out and that the model was not trained on under any name, and its figures differ a little.
 
 ## {count} completions, unpicked
@@ -85,7 +86,7 @@ def main() -> None:
     for prompt, completion in zip(prompts, generator.complete(prompts, NEW_TOKENS, COMPLETIONS), strict=True):
         text = generator.tokenizer.decode(prompt, skip_special_tokens=True) + "⟫" + generator.text(completion)
         shown.append("    " + text.replace("\n", "\n    ").rstrip() + "\n")
-    g = generator.g
+    g, largest = generator.g, max(held_out, key=lambda document: len(document.text()))
     card = CARD.format(
         name=arguments.out.name,
         parameters=parameter_count(generator.variables),
@@ -96,6 +97,8 @@ def main() -> None:
         training_files=TRAINING_FILES,
         held_out=config.data.held_out,
         held_files=len(held_out),
+        largest=largest.name,
+        largest_share=len(largest.text()) / sum(len(d.text()) for d in held_out),
         count=COMPLETIONS,
         new_tokens=NEW_TOKENS,
         completions="\n---\n\n".join(shown),
@@ -104,6 +107,8 @@ def main() -> None:
         **{name: figures[name] for name in ("loss", "accuracy", "tokens")},
     )  # fmt: skip
     (part / "README.md").write_text(card, encoding="utf-8")
+    for path in part.iterdir():
+        path.chmod(0o644)
     shutil.rmtree(arguments.out, ignore_errors=True)
     part.rename(arguments.out)
     print(f"{arguments.out}: held-out loss {figures['loss']:.4f}, accuracy {figures['accuracy']:.4f}")
