@@ -52,9 +52,9 @@ measured without a download. Expect code of the right shape, not right code.
 
     python -m mtp_jax.evaluate --model bundled:{name}
 
-The largest held-out file, `{largest}`, holds {largest_share:.0%} of the held-out characters. The command above prints
-the figures of the table with Python {python}. Another Python has other library files: there the command takes only files
-that are held out and that the model was not trained on under any name, and its figures differ a little.
+The largest held-out file, `{largest}`, holds {largest_share:.0%} of the held-out characters. The command
+prints the figures of the table with Python {python}. Another Python has other library files: there the command takes
+only files that are held out and that the model was not trained on under any name, and its figures differ a little.
 
 ## {count} completions, unpicked
 
