@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Config, TokenizerRecipe
-from mtp_jax.data.sources import Document
+from mtp_jax.data.examples import Example
 from mtp_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.model.decoder import Decoder
@@ -65,7 +65,7 @@ def check_base(config: Config) -> None:
         )
 
 
-def find_base(config: Config, training: list[list[Document]], run_dir: Path) -> Base:
+def find_base(config: Config, training: list[list[Example]], run_dir: Path) -> Base:
     """Read geometry and tokenizer; a new model's tokenizer is trained on the training documents, once per run.
 
     Raises:

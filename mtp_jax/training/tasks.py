@@ -10,7 +10,7 @@ import numpy as np
 
 from mtp_jax.config import Config
 from mtp_jax.data.pipeline import Anchors, Batch
-from mtp_jax.data.sources import Document
+from mtp_jax.data.examples import Example
 from mtp_jax.decoding.loop import Limits, decode
 from mtp_jax.errors import UserError
 from mtp_jax.model.folder import stop_ids
@@ -144,7 +144,7 @@ class MultiTokenTask:
             figures["tokens_per_step"] = table(accepted, self.continuations, self.shape.masks)
         return figures
 
-    def choose_prompts(self, documents: list[Document]) -> None:
+    def choose_prompts(self, documents: list[Example]) -> None:
         """Fix the held-out prompts that tokens per step are estimated on, continued greedily by the base model."""
         e = self.config.evaluation
         limit = min(e.prompt_tokens + e.new_tokens, self.base.g.max_positions)
@@ -206,7 +206,7 @@ def _check_continues(found: AdapterShape, wanted: AdapterShape) -> None:
         raise UserError(*faults)
 
 
-def held_out_prompts(documents: list[Document], tokenizer: Any, count: int, length: int) -> list[list[int]]:
+def held_out_prompts(documents: list[Example], tokenizer: Any, count: int, length: int) -> list[list[int]]:
     """`count` prompts of `length` tokens from held-out documents: one each, cut where a hash of its name says."""
     prompts = []
     for document in sorted(documents, key=lambda document: document.draw):
