@@ -38,8 +38,9 @@ class Encoder:
         """
         content = example.content()
         if isinstance(content, Conversation):
+            template = self.chat
             try:
-                chat = self.chat.render(content.messages)
+                chat = template.render(content.messages)
             except UserError as error:
                 raise UserError(*(f"{example.name}: {fault}" for fault in error.faults)) from error
             # The template writes special tokens itself, and ends a turn in its own way.

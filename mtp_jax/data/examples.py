@@ -1,4 +1,4 @@
-"""What a source lists: examples, each with a name, a place in or out of the held-out part, and a content read on demand."""
+"""What a source lists: examples, each with a name, a place in the split, and content read on demand."""
 
 import hashlib
 from abc import ABC, abstractmethod

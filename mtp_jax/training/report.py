@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_jax.config import validate
-from mtp_jax.data.pipeline import held_out_batches
 from mtp_jax.data.examples import Example
+from mtp_jax.data.pipeline import held_out_batches
 from mtp_jax.mtp.adapter_folder import find_adapter, read_shape
 from mtp_jax.training import sharding
 from mtp_jax.training.base import find_base

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import Config
-from mtp_jax.data.pipeline import Anchors, Batch
+from mtp_jax.data.encoding import Encoder
 from mtp_jax.data.examples import Example
+from mtp_jax.data.pipeline import Anchors, Batch
 from mtp_jax.decoding.loop import Limits, decode
 from mtp_jax.errors import UserError
 from mtp_jax.model.folder import stop_ids
@@ -207,13 +208,17 @@ def _check_continues(found: AdapterShape, wanted: AdapterShape) -> None:
 
 
 def held_out_prompts(documents: list[Example], tokenizer: Any, count: int, length: int) -> list[list[int]]:
-    """`count` prompts of `length` tokens from held-out documents: one each, cut where a hash of its name says."""
-    prompts = []
+    """`count` prompts of `length` tokens from held-out documents, one each.
+
+    Each ends before a token that is to be predicted; a hash of the document's name says which.
+    """
+    encode, prompts = Encoder(tokenizer), []
     for document in sorted(documents, key=lambda document: document.draw):
-        ids = tokenizer(document.text(), verbose=False)["input_ids"]
-        if len(ids) >= 2 * length:
-            start = int(document.draw * 1e9) % (len(ids) - length + 1)
-            prompts.append(ids[start : start + length])
+        tokens, supervised, _ = encode(document)
+        ends = length + np.flatnonzero(supervised[length:])
+        if len(ends) > length:
+            end = ends[int(document.draw * 1e9) % len(ends)]
+            prompts.append(tokens[end - length : end].tolist())
         if len(prompts) == count:
             break
     return prompts
