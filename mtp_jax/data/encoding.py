@@ -1,5 +1,6 @@
 """From an example to its tokens, each with the word whether it is to be predicted."""
 
+import copy
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -44,32 +45,40 @@ class Encoder:
             except UserError as error:
                 raise UserError(*(f"{example.name}: {fault}" for fault in error.faults)) from error
             # The template writes special tokens itself, and ends a turn in its own way.
-            ids = self._ids(chat.text, add_special_tokens=False)
-            supervised = self._within(chat.text, ids, chat.spans)
+            ids, offsets = self._located(chat.text)
+            supervised = np.zeros(len(ids), bool)
+            for start, end in chat.spans:
+                supervised |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
             return Encoded(np.asarray(ids, np.int32), supervised, chat.rewritten)
         text = "".join(content)
-        ids = self._ids(text)
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
         supervised = np.ones(len(ids), bool)
         if isinstance(content, Completion):
-            supervised[: _agree(ids, self._ids(content.prompt))] = False
+            inner, offsets = self._located(text)
+            begin = next(i for i in range(len(ids) - len(inner) + 1) if ids[i : i + len(inner)] == inner)
+            supervised[: begin + int(np.sum(offsets[:, 1] <= len(content.prompt)))] = False
         if (end := self.tokenizer.eos_token_id) is not None:
             ids, supervised = [*ids, end], np.append(supervised, True)
         return Encoded(np.asarray(ids, np.int32), supervised)
 
-    def _ids(self, text: str, **options: bool) -> list[int]:
-        return self.tokenizer(text, verbose=False, **options)["input_ids"]
+    @cached_property
+    def _locator(self) -> Any:
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise UserError(
+                "the tokenizer does not say where in a text its tokens stand, so what is to be predicted cannot be "
+                "told: give its folder a tokenizer.json (load it with transformers and call save_pretrained)."
+            )
+        locator = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        # The last stage adds special tokens, and in some tokenizers (Llama 3's) takes white space off the places.
+        locator.post_processor = None
+        locator.no_truncation()
+        locator.no_padding()
+        return locator
 
-    def _within(self, text: str, ids: list[int], spans: list[tuple[int, int]]) -> Bool[np.ndarray, " n"]:
-        """Which tokens have a part in one of the spans; a token that reaches into one belongs to it."""
-        supervised = np.zeros(len(ids), bool)
-        for start, end in spans:
-            first = _agree(ids, self._ids(text[:start], add_special_tokens=False))
-            whole = ids if end == len(text) else self._ids(text[:end], add_special_tokens=False)
-            last = _agree(ids, whole)
-            supervised[first : last + (last < len(whole))] = True
-        return supervised
+    def _located(self, text: str) -> tuple[list[int], Int[np.ndarray, "n 2"]]:
+        """The tokens of a text without special ones around it, and the characters from and to which each stands.
 
-
-def _agree(a: list[int], b: list[int]) -> int:
-    """How many tokens two lists have in common from the start."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        A token that reaches across a border has a part on both sides.
+        """
+        encoding = self._locator.encode(text, add_special_tokens=False)
+        return encoding.ids, np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
