@@ -1,8 +1,10 @@
 """Which tokens are to be predicted: of conversations, of prompts with completions, and what follows for anchors."""
 
+import contextlib
 import copy
 import itertools
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -97,6 +99,11 @@ def test_white_space_at_the_ends_of_a_turn_is_kept(encoded, trimming, template):
     found = encoded(tokenizer, {"messages": TALK})
     assert len(found.tokens) < len(LOOK) and tokenizer.decode(found.tokens) == LOOK
     assert supervised_runs(tokenizer, found) == [" fine \n\n", "sat on the mat\n"]
+    tokenizer.chat_template = template.replace("m.content + '\n' }}{% end", "m.content }}{% end").replace(
+        "A:{{ m.content + '\n'", "A:{{ m.content"
+    )
+    found = encoded(tokenizer, {"messages": turns("a", " fine  ", "b", " ")})
+    assert supervised_runs(tokenizer, found) == [" fine  ", " "]
 
 
 @pytest.mark.parametrize("template", [MARKED, PLAIN], ids=["marked", "prefix difference"])
@@ -127,11 +134,20 @@ def test_a_turn_that_was_never_written_so_is_context(encoded, letters, jsonl):
     )
 
 
+@contextlib.contextmanager
+def switching_often():
+    """Within: Python changes threads as often as it can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
 def test_threads_do_not_disturb_each_other(jsonl, letters):
     tokenizer = with_template(letters, MARKED)
     rows = documents(jsonl([{"messages": turns("hi", str(i)) * 4} for i in range(200)]))
     encode = Encoder(tokenizer)
-    with ThreadPoolExecutor(8) as pool:
+    with switching_often(), ThreadPoolExecutor(8) as pool:
         runs = [supervised_runs(tokenizer, found) for found in pool.map(encode, rows)]
     assert runs == [[f"{i}\n"] * 4 for i in range(200)]
 
