@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mtp_jax.data.source_rules import source_faults
 from mtp_jax.errors import UserError
 from mtp_jax.model.weights import PROJECTIONS
 
@@ -45,11 +46,13 @@ class Model(_Section):
 class Source(_Section):
     """One source of documents."""
 
-    kind: Literal["text", "python-stdlib"]
-    path: str | None = None  # text: a file, a folder (all *.txt below it) or a glob
+    kind: Literal["text", "python-stdlib", "dataset"]
+    path: str | None = None  # text: a file, a folder (all *.txt below it) or a glob; dataset: a JSON file or a folder
+    name: str | None = None  # dataset: its name on the Hugging Face hub, instead of a path
+    split: str | None = None  # dataset: which part, "train" where it is null
     separator: str | None = None  # text: what parts a file into documents; without it a file is one document
     weight: float = Field(default=1.0, gt=0)  # share of the mixture, by documents
-    columns: dict[str, str] = {}  # for sources with columns; plain text has none
+    columns: dict[str, str] = {}  # dataset: from messages, prompt, completion or text to the dataset's own names
 
 
 class Data(_Section):
@@ -389,20 +392,7 @@ def _objective_fits(c: Any) -> Iterator[str]:
 def _sources_agree(c: Any) -> Iterator[str]:
     for i, source in enumerate(c.data.sources):
         with contextlib.suppress(_FaultyValue):
-            yield from _source_agrees(source, f"data.sources.{i}")
-
-
-def _source_agrees(source: Any, key: str) -> list[str]:
-    faults = []
-    if source.kind == "text" and source.path is None:
-        faults.append(f"{key}.path is missing; a text source reads a file, a folder or a glob.")
-    if source.kind == "python-stdlib" and (source.path is not None or source.separator is not None):
-        faults.append(f"{key}: python-stdlib is the library of the running Python and takes no path or separator.")
-    if source.columns:
-        faults.append(f"{key}.columns: a {source.kind} source has no columns.")
-    if source.separator == "":
-        faults.append(f"{key}.separator is empty; leave it out where a file is one document.")
-    return faults
+            yield from source_faults(source, f"data.sources.{i}")
 
 
 def _parts_divide(c: Any) -> Iterator[str]:

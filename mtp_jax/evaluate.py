@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mtp_jax.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from mtp_jax.data.sources import Document
+    from mtp_jax.data.examples import Example
 
 # What a model folder may hold: names and sha256 digests of the documents it was trained on.
 TRAINING_FILES = "training_files.json"
@@ -85,7 +85,7 @@ def main() -> None:
     print(f"over {figures['tokens']} tokens in sequences of {length}")
 
 
-def _report(a: argparse.Namespace, documents: list["Document"], length: int) -> None:
+def _report(a: argparse.Namespace, documents: list["Example"], length: int) -> None:
     from rich.console import Console
 
     from mtp_jax.training.report import adapter_figures, plot, print_table

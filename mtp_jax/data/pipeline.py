@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import grain
 import numpy as np
 
-from mtp_jax.data.sources import Document
+from mtp_jax.data.encoding import Encoder
+from mtp_jax.data.examples import Example
 from mtp_jax.mtp.blocks import choose_anchors, hash_positions
 
 
@@ -22,7 +23,7 @@ class Batch(TypedDict):
 
     tokens: np.ndarray  # [B, T] int32
     labels: np.ndarray  # [B, T] int32, the next token of the same document
-    supervised: np.ndarray  # [B, T] bool, whether there is a label
+    supervised: np.ndarray  # [B, T] bool, whether there is a label and it is to be predicted
     positions: np.ndarray  # [B, T] int32
     segments: np.ndarray  # [B, T] int32
     documents: np.ndarray  # [B, T] int32, which document a token is from
@@ -30,21 +31,24 @@ class Batch(TypedDict):
 
 
 class Tokenize(grain.transforms.MapWithIndex):
-    """Document number -> its tokens, from the tokenizer's own start to an end-of-text token."""
+    """Document number -> its tokens, and which of them are to be predicted."""
 
-    def __init__(self, documents: list[Document], tokenizer: Any, anchors: Anchors | None, epoch_length: int):
-        self.documents, self.tokenizer = documents, tokenizer
+    def __init__(self, documents: list[Example], tokenizer: Any, anchors: Anchors | None, epoch_length: int):
+        self.documents, self.encode = documents, Encoder(tokenizer)
         self.anchors, self.epoch_length = anchors, epoch_length
 
     def map_with_index(self, index: int, element: int) -> dict[str, np.ndarray]:
         document = self.documents[element]
-        ids = self.tokenizer(document.text(), verbose=False)["input_ids"]
-        if (end := self.tokenizer.eos_token_id) is not None:
-            ids = [*ids, end]
-        features = {"tokens": np.asarray(ids, np.int32), "documents": np.full(len(ids), element, np.int32)}
+        encoded = self.encode(document)
+        n = len(encoded.tokens)
+        features = {
+            "tokens": encoded.tokens,
+            "supervised": encoded.supervised,
+            "documents": np.full(n, element, np.int32),
+        }
         if self.anchors is not None:
             epoch, example = index // self.epoch_length, int(document.draw * 2**63)
-            features["hashes"] = hash_positions(self.anchors.seed, epoch, example, np.arange(len(ids)))
+            features["hashes"] = hash_positions(self.anchors.seed, epoch, example, np.arange(n))
         return features
 
 
@@ -59,7 +63,7 @@ class Label(grain.transforms.Map):
         rows: Batch = {
             "tokens": packed["tokens"][:-1],
             "labels": packed["tokens"][1:],
-            "supervised": (segments[:-1] == segments[1:]) & (segments[1:] != 0),
+            "supervised": (segments[:-1] == segments[1:]) & (segments[1:] != 0) & packed["supervised"][1:],
             "positions": packed["tokens_positions"][:-1],
             "segments": segments[:-1],
             "documents": packed["documents"][:-1],
@@ -74,20 +78,20 @@ def _pack(dataset: grain.MapDataset, sequence_length: int, anchors: Anchors | No
     # Reading ahead in threads keeps the order, so the iterator's state stays exact.
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
     rows = dataset.to_iter_dataset(ahead)
-    features = ("tokens", "documents") if anchors is None else ("tokens", "documents", "hashes")
+    features = ("tokens", "supervised", "documents") + (() if anchors is None else ("hashes",))
     length = dict.fromkeys(features, sequence_length + 1)
     return grain.experimental.ConcatThenSplitIterDataset(rows, length_struct=length).map(Label(anchors))
 
 
 def training_batches(
-    sources: list[list[Document]],
+    sources: list[list[Example]],
     weights: list[float],
     tokenizer: Any,
     batch_size: int,
     sequence_length: int,
     seed: int,
     anchors: Anchors | None = None,
-) -> tuple[grain.DatasetIterator, list[Document]]:
+) -> tuple[grain.DatasetIterator, list[Example]]:
     """An endless iterator of batches, and the documents that their `documents` field numbers.
 
     Each source is shuffled anew in every epoch; documents of the sources alternate in proportion to the weights.
@@ -107,7 +111,7 @@ def training_batches(
 
 
 def held_out_batches(
-    documents: list[Document],
+    documents: list[Example],
     tokenizer: Any,
     batch_size: int,
     sequence_length: int,

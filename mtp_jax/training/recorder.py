@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from mtp_jax.config import Config
+from mtp_jax.data.examples import Example
 from mtp_jax.data.pipeline import Batch
-from mtp_jax.data.sources import Document
 from mtp_jax.errors import UserError
 from mtp_jax.training.journal import Journal, Trackers
 from mtp_jax.training.progress import ProgressBar
@@ -31,7 +31,7 @@ class Recorder:
         timing: Journal,
         trackers: Trackers,
         progress: ProgressBar,
-        documents: list[Document],
+        documents: list[Example],
     ):
         self.config, self.metrics, self.timing = config, metrics, timing
         self.trackers, self.progress, self.documents = trackers, progress, documents

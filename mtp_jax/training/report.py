@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_jax.config import validate
+from mtp_jax.data.examples import Example
 from mtp_jax.data.pipeline import held_out_batches
-from mtp_jax.data.sources import Document
 from mtp_jax.mtp.adapter_folder import find_adapter, read_shape
 from mtp_jax.training import sharding
 from mtp_jax.training.base import find_base
@@ -19,7 +19,7 @@ from mtp_jax.training.tasks import MultiTokenTask
 def adapter_figures(
     model: str,
     adapter: str,
-    documents: list[Document],
+    documents: list[Example],
     sequence_length: int,
     batch_size: int,
     batches: int | None,

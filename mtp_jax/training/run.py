@@ -14,6 +14,7 @@ import yaml
 from mtp_jax.config import Config, dump
 from mtp_jax.data.pipeline import Batch, held_out_batches, training_batches
 from mtp_jax.data.sources import read_sources
+from mtp_jax.data.supervision import check_supervision
 from mtp_jax.errors import FULL_DISK, UserError
 from mtp_jax.model.folder_writer import parameter_count
 from mtp_jax.model.weights import build_tree
@@ -47,7 +48,7 @@ def train(config: Config) -> Path:
             "evaluation.every is set, but no document fell to the held-out part: add documents, set "
             "data.sources.N.separator to part a file into documents, raise data.held_out, or unset evaluation.every."
         )
-    check_base(config)
+    supervision = check_supervision(training, check_base(config))
     check_adapter(config)
     check_trackers(config)
     enable_compilation_cache(config.compilation_cache)
@@ -120,6 +121,8 @@ def train(config: Config) -> Path:
         with ProgressBar(config.train.steps, start) as progress:
             if start:
                 progress.say(f"resuming {run_dir} from step {start}")
+            for line in supervision:
+                progress.say(line)
             progress.say(
                 f"training {parameter_count(state.trained):,} parameters, {parameter_count(task.frozen):,} frozen"
             )

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import Config
+from mtp_jax.data.encoding import Encoder
+from mtp_jax.data.examples import Example
 from mtp_jax.data.pipeline import Anchors, Batch
-from mtp_jax.data.sources import Document
 from mtp_jax.decoding.loop import Limits, decode
 from mtp_jax.errors import UserError
 from mtp_jax.model.folder import find_folder, read_geometry, read_json, stop_ids
@@ -147,7 +148,7 @@ class MultiTokenTask:
             figures["tokens_per_step"] = table(accepted, self.continuations, self.shape.masks)
         return figures
 
-    def choose_prompts(self, documents: list[Document]) -> None:
+    def choose_prompts(self, documents: list[Example]) -> None:
         """Fix the held-out prompts that tokens per step are estimated on, continued greedily by the base model."""
         e = self.config.evaluation
         limit = min(e.prompt_tokens + e.new_tokens, self.base.g.max_positions)
@@ -220,14 +221,18 @@ def check_adapter(config: Config) -> None:
         raise UserError(*faults)
 
 
-def held_out_prompts(documents: list[Document], tokenizer: Any, count: int, length: int) -> list[list[int]]:
-    """`count` prompts of `length` tokens from held-out documents: one each, cut where a hash of its name says."""
-    prompts = []
+def held_out_prompts(documents: list[Example], tokenizer: Any, count: int, length: int) -> list[list[int]]:
+    """`count` prompts of `length` tokens from held-out documents, one each.
+
+    Each ends before a token that is to be predicted; a hash of the document's name says which.
+    """
+    encode, prompts = Encoder(tokenizer), []
     for document in sorted(documents, key=lambda document: document.draw):
-        ids = tokenizer(document.text(), verbose=False)["input_ids"]
-        if len(ids) >= 2 * length:
-            start = int(document.draw * 1e9) % (len(ids) - length + 1)
-            prompts.append(ids[start : start + length])
+        tokens, supervised, _ = encode(document)
+        ends = length + np.flatnonzero(supervised[length:])
+        if len(ends) > length:
+            end = ends[int(document.draw * 1e9) % len(ends)]
+            prompts.append(tokens[end - length : end].tolist())
         if len(prompts) == count:
             break
     return prompts
