@@ -22,7 +22,7 @@ quickstart: $(VENV)/.plot ## train a multi-token predictor for the bundled model
 test: $(VENV)/.test ## style checks and all tests that are not marked slow
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 .PHONY: lint
 lint: $(VENV)/.dev ## style checks and types

@@ -78,7 +78,8 @@ def test_equals_literal_packing(case, chunks):
             lambda a: literal(a, params, g, shape, terms, batch), adapter
         )
     for b, theirs in enumerate(latents):
-        near(z_real[b], theirs[:T], 1e-5)
+        text = batch["segments"][b] > 0  # what padding computes means nothing
+        near(z_real[b][text], theirs[:T][text], 1e-5)
         kept = np.asarray(z[b])[batch["anchors"][b] >= 0].reshape(-1, g.D)
         near(kept, theirs[T:], 1e-5)
     near(total, their_total, 1e-5)
