@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-MODEL := bundled:stdlib-6m
+MODEL := bundled:stdlib-5m
 # The beginning of a function of secrets.py, which the bundled model was not trained on.
 PROMPT := def randbelow(exclusive_upper_bound):\n    """Return a random int in the range [0, n)."""\n    if
 
@@ -12,15 +12,17 @@ help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 20
 
 .PHONY: quickstart
-quickstart: $(VENV)/.base ## complete held-out code with the bundled model and measure its held-out loss
+quickstart: $(VENV)/.plot ## train a multi-token predictor for the bundled model and show what it foresees
 	$(BIN)/python -m mtp_jax.generate --model $(MODEL) --prompt "$$(printf '$(PROMPT)')" --max-new-tokens 64
-	$(BIN)/python -m mtp_jax.evaluate --model $(MODEL) --batches 20
+	$(BIN)/python -m mtp_jax.train --config configs/quickstart.yaml
+	$(BIN)/python -m mtp_jax.evaluate --model $(MODEL) --adapter runs/quickstart --batches 10 --sequence-length 256 \
+		--prompts 32 --plot runs/quickstart/foresight.png
 
 .PHONY: test
 test: $(VENV)/.test ## style checks and all tests that are not marked slow
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 .PHONY: lint
 lint: $(VENV)/.dev ## style checks and types
@@ -40,9 +42,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 		$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
 
-$(VENV)/.base: EXTRA :=
+$(VENV)/.plot: EXTRA := [plot]
 $(VENV)/.test: EXTRA := [test]
 $(VENV)/.dev: EXTRA := [dev]
-$(VENV)/.base $(VENV)/.test $(VENV)/.dev: pyproject.toml | $(BIN)/python
+$(VENV)/.plot $(VENV)/.test $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRA)'
 	touch $@

@@ -66,7 +66,7 @@ def write_checkpoint(folder: Path, megabytes: float, dtype: str) -> None:
         keys = {}
         for weight in weight_table(g):
             if weight.stacked == (part < g.L):
-                keys[weight.keys()[part if weight.stacked else 0]] = weight.stored_shape
+                keys[weight.stored_keys()[part if weight.stacked else 0]] = weight.stored_shape
         name = f"model-{part + 1:05d}-of-{g.L + 1:05d}.safetensors"
         save_file({key: draw.random(shape, np.float32).astype(kind) for key, shape in keys.items()}, folder / name)
         weight_map |= dict.fromkeys(keys, name)

@@ -10,7 +10,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mtp_jax.data.source_rules import source_faults
 from mtp_jax.errors import UserError
+from mtp_jax.model.weights import PROJECTIONS
 
 
 class _Section(BaseModel):
@@ -35,6 +37,7 @@ class Model(_Section):
 
     path: str | None = None  # a Hugging Face folder, bundled:NAME, or a hub name
     scratch: Scratch | None = None
+    adapter: str | None = None  # multi_token: an adapter to start from, in place of a fresh one
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # losses, norms and softmax are float32 always
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the folder a finished run writes
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
@@ -43,11 +46,13 @@ class Model(_Section):
 class Source(_Section):
     """One source of documents."""
 
-    kind: Literal["text", "python-stdlib"]
-    path: str | None = None  # text: a file, a folder (all *.txt below it) or a glob
+    kind: Literal["text", "python-stdlib", "dataset"]
+    path: str | None = None  # text: a file, a folder (all *.txt below it) or a glob; dataset: a JSON file or a folder
+    name: str | None = None  # dataset: its name on the Hugging Face hub, instead of a path
+    split: str | None = None  # dataset: which part, "train" where it is null
     separator: str | None = None  # text: what parts a file into documents; without it a file is one document
     weight: float = Field(default=1.0, gt=0)  # share of the mixture, by documents
-    columns: dict[str, str] = {}  # for sources with columns; plain text has none
+    columns: dict[str, str] = {}  # dataset: from messages, prompt, completion or text to the dataset's own names
 
 
 class Data(_Section):
@@ -55,10 +60,41 @@ class Data(_Section):
     held_out: float = Field(default=0.05, ge=0, lt=1)  # share of documents, chosen by a hash of their name
 
 
+class Lora(_Section):
+    """The matrices beside the frozen projections."""
+
+    rank: int = Field(default=32, ge=1)  # R
+    alpha: float | None = Field(default=None, gt=0)  # null for 2R; the product is scaled by alpha/R
+    targets: list[Literal["q", "k", "v", "o", "gate", "up", "down"]] = Field(default=list(PROJECTIONS), min_length=1)
+    gated: bool = True  # false: standard LoRA, which real rows meet too; cannot decode losslessly
+
+
+class TermWeights(_Section):
+    """Weights of the loss terms; 0 removes one."""
+
+    base: float = Field(default=1.0, ge=0)
+    sampler: float = Field(default=1.0, ge=0)
+    lcm: float = Field(default=1.0, ge=0)
+
+
+class Mtp(_Section):
+    """Multi-token prediction: masks, sampler head and losses."""
+
+    masks: int = Field(default=8, ge=1)  # M
+    sampler: Literal["paper", "residual", "none"] = "residual"
+    target: Literal["data", "base_hard", "base_soft", "total_variation"] = "base_soft"
+    weights: TermWeights = TermWeights()
+    sampler_on_real: bool = False  # the paper's sampler loss covers real rows too
+    offset_weights: Literal["flat", "decay", "expected_length"] = "flat"
+    decay: float = Field(default=0.8, gt=0, le=1)  # with offset_weights: decay
+    kl_warmup_steps: int = Field(default=0, ge=0)  # with target: total_variation
+
+
 class Train(_Section):
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)  # sequences per step, over all devices
     sequence_length: int = Field(ge=2)  # tokens
+    anchors: int | Literal["all"] | None = None  # multi_token: blocks per sequence, 64 by default
     learning_rate: float = Field(gt=0)
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["flat", "cosine"] = "flat"  # after the warm-up; cosine falls to a tenth
@@ -73,6 +109,10 @@ class Train(_Section):
 class Evaluation(_Section):
     every: int | None = Field(default=None, ge=1)  # steps; null for never
     batches: int | None = Field(default=None, ge=1)  # held-out batches per evaluation; null for all
+    # multi_token: tokens per step are estimated on so many held-out prompts of so many tokens, continued by so many
+    prompts: int = Field(default=16, ge=1)
+    prompt_tokens: int = Field(default=64, ge=1)
+    new_tokens: int = Field(default=128, ge=2)
 
 
 class Checkpoints(_Section):
@@ -95,11 +135,13 @@ class Mesh(_Section):
 
 
 class Config(_Section):
-    objective: Literal["next_token"]
+    objective: Literal["next_token", "multi_token"]
     output_dir: str = Field(min_length=1)
     seed: int = Field(default=0, ge=0, lt=2**31)
     model: Model
     data: Data
+    lora: Lora | None = None  # multi_token only, as mtp
+    mtp: Mtp | None = None
     train: Train
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
@@ -201,6 +243,8 @@ def validate(tree: dict[str, Any], where: str) -> Config:
     config = None
     try:
         config = Config.model_validate(tree)
+        if config.objective == "multi_token":  # sections left out stand for their defaults
+            config = config.model_copy(update={"lora": config.lora or Lora(), "mtp": config.mtp or Mtp()})
     except ValidationError as error:
         for fault in error.errors():
             # Where a text or a section may stand, each is tried: report the one that was meant.
@@ -306,7 +350,15 @@ def _readable(section: type[BaseModel], tree: dict[str, Any], bad: set[tuple[Any
 def _contradictions(c: Any) -> list[str]:
     """Values that are right one by one but not together; rules about values at fault are left out."""
     faults: list[str] = []
-    for rule in (_one_model, _sources_agree, _parts_divide, _steps_after_warmup, _something_held_out, _mesh_sizes):
+    for rule in (
+        _one_model,
+        _objective_fits,
+        _sources_agree,
+        _parts_divide,
+        _steps_after_warmup,
+        _something_held_out,
+        _mesh_sizes,
+    ):
         try:
             faults += rule(c)
         except _FaultyValue:
@@ -319,23 +371,28 @@ def _one_model(c: Any) -> Iterator[str]:
         yield "exactly one of model.path (a checkpoint) and model.scratch (a new model) must be given."
 
 
+def _objective_fits(c: Any) -> Iterator[str]:
+    if c.objective == "next_token":
+        given = {"lora": c.lora, "mtp": c.mtp, "train.anchors": c.train.anchors, "model.adapter": c.model.adapter}
+        for key in (key for key, value in given.items() if value is not None):
+            yield f"{key} belongs to objective: multi_token, and the objective is next_token."
+        return
+    if c.model.path is None:
+        yield "objective: multi_token trains beside a frozen checkpoint: model.path is missing."
+    masks = 8 if c.mtp is None else c.mtp.masks
+    if c.train.sequence_length <= masks:
+        yield (
+            f"train.sequence_length={c.train.sequence_length} is shorter than a block: one real token and "
+            f"mtp.masks={masks} masks."
+        )
+    if isinstance(c.train.anchors, int) and not 1 <= c.train.anchors <= c.train.sequence_length:
+        yield f"train.anchors={c.train.anchors} should be from 1 to train.sequence_length, or 'all'."
+
+
 def _sources_agree(c: Any) -> Iterator[str]:
     for i, source in enumerate(c.data.sources):
         with contextlib.suppress(_FaultyValue):
-            yield from _source_agrees(source, f"data.sources.{i}")
-
-
-def _source_agrees(source: Any, key: str) -> list[str]:
-    faults = []
-    if source.kind == "text" and source.path is None:
-        faults.append(f"{key}.path is missing; a text source reads a file, a folder or a glob.")
-    if source.kind == "python-stdlib" and (source.path is not None or source.separator is not None):
-        faults.append(f"{key}: python-stdlib is the library of the running Python and takes no path or separator.")
-    if source.columns:
-        faults.append(f"{key}.columns: a {source.kind} source has no columns.")
-    if source.separator == "":
-        faults.append(f"{key}.separator is empty; leave it out where a file is one document.")
-    return faults
+            yield from source_faults(source, f"data.sources.{i}")
 
 
 def _parts_divide(c: Any) -> Iterator[str]:

@@ -3,8 +3,13 @@
 import argparse
 import hashlib
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mtp_jax.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from mtp_jax.data.examples import Example
 
 # What a model folder may hold: names and sha256 digests of the documents it was trained on.
 TRAINING_FILES = "training_files.json"
@@ -14,6 +19,7 @@ def main() -> None:
     """Parse, evaluate, print."""
     parser = argparse.ArgumentParser(prog="python -m mtp_jax.evaluate", description=__doc__)
     parser.add_argument("--model", required=True, help="a Hugging Face folder, a hub name, or bundled:NAME")
+    parser.add_argument("--adapter", help="what this adapter foresees: a run's folder, an adapter folder, bundled:NAME")
     parser.add_argument(
         "--text", metavar="PATH", help="a text file, folder or glob, used whole; instead of python-stdlib"
     )
@@ -22,6 +28,10 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, metavar="T", help="the model's context, at most 512, by default")
     parser.add_argument("--batch-size", type=int, default=4, metavar="B")
     parser.add_argument("--batches", type=int, metavar="N", help="no more than so many")
+    parser.add_argument(
+        "--prompts", type=int, default=16, metavar="N", help="with --adapter: to estimate tokens per step on"
+    )
+    parser.add_argument("--plot", metavar="FILE.png", help="with --adapter: draw the figures")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
@@ -54,6 +64,9 @@ def main() -> None:
     if not fresh:
         raise UserError(f"no held-out document to evaluate on ({len(found)} found, {len(held)} held out).")
 
+    if arguments.adapter is not None:
+        _report(arguments, fresh, length)
+        return
     dtype = jnp.dtype(arguments.dtype)
     objective = NextToken(Decoder(g, dtype), loss_chunk=2048)
     batches = held_out_batches(fresh, load_tokenizer(folder, g), arguments.batch_size, length, arguments.batches)
@@ -72,12 +85,31 @@ def main() -> None:
     print(f"over {figures['tokens']} tokens in sequences of {length}")
 
 
+def _report(a: argparse.Namespace, documents: list["Example"], length: int) -> None:
+    from rich.console import Console
+
+    from mtp_jax.training.report import adapter_figures, plot, print_table
+
+    figures = adapter_figures(a.model, a.adapter, documents, length, a.batch_size, a.batches, a.prompts, a.dtype)
+    if a.plot:
+        plot(figures, Path(a.plot))
+    if a.json:
+        print(json.dumps(figures))
+        return
+    print(f"{len(documents)} held-out documents")
+    print_table(figures, Console())
+    if a.plot:
+        print(f"plot: {a.plot}")
+
+
 def _check(a: argparse.Namespace) -> None:
     faults = [
         f"--{name} {value}: should be at least 1." for name, value in _counts(a) if value is not None and value < 1
     ]
     if a.separator == "":
         faults.append("--separator is empty; leave it out where a file is one document.")
+    if a.plot is not None and a.adapter is None:
+        faults.append("--plot draws what an adapter foresees: give --adapter too.")
     if a.held_out is not None and not 0 < a.held_out <= 1:
         faults.append(f"--held-out {a.held_out}: should be above 0 and at most 1.")
     if faults:
@@ -85,7 +117,7 @@ def _check(a: argparse.Namespace) -> None:
 
 
 def _counts(a: argparse.Namespace) -> list[tuple[str, int | None]]:
-    return [("batch-size", a.batch_size), ("batches", a.batches)]
+    return [("batch-size", a.batch_size), ("batches", a.batches), ("prompts", a.prompts)]
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def _prompt(record: Any) -> Any:
         if isinstance(prompt := record.get("prompt"), str):
             return prompt
         messages = record.get("messages")
-        if isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        if isinstance(messages, list) and all(
+            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
+        ):
             return messages
     raise ValueError("needs a string 'prompt', or 'messages' with role and content")
 
@@ -50,6 +52,7 @@ def main() -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompts", metavar="FILE.jsonl", help="lines with 'prompt' or 'messages'")
+    parser.add_argument("--adapter", help="a run's folder, an adapter folder, bundled:NAME, or a hub name")
     parser.add_argument("--plan", default="none", choices=["none"], help="none: plain decoding, a token per step")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on CPU and bfloat16 elsewhere")
@@ -71,7 +74,7 @@ def main() -> None:
 
     from mtp_jax.decoding.generator import Generator
 
-    generator = Generator.load(arguments.model, arguments.dtype)
+    generator = Generator.load(arguments.model, arguments.dtype, arguments.adapter)
     encoded = [generator.encode(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
     console = Console(highlight=False, soft_wrap=True)
     for at in range(0, len(encoded), arguments.batch_size):

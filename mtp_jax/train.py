@@ -9,14 +9,17 @@ def main() -> None:
     """Parse, train, say where the result is."""
     parser = argparse.ArgumentParser(prog="python -m mtp_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file; see configs/")
+    parser.add_argument("--adapter", help="start from this adapter; the same as model.adapter=...")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="for instance train.steps=100")
     arguments = parser.parse_args()
     from mtp_jax.config import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    overrides = [*arguments.overrides, *([f"model.adapter={arguments.adapter}"] if arguments.adapter else [])]
+    config = load_config(arguments.config, overrides)
     from mtp_jax.training.run import train
 
-    print(f"model: {train(config)}")
+    out = train(config)
+    print(f"{out.name}: {out}")
 
 
 if __name__ == "__main__":

@@ -134,6 +134,8 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     keys = {}
     for name, field in section.model_fields.items():
         keys[prefix + name] = "required" if field.is_required() else field.get_default()
+        if isinstance(keys[prefix + name], BaseModel):  # a section that may be left out
+            keys[prefix + name] = keys[prefix + name].model_dump()
         inner, between = section_in(field.annotation)
         if inner:
             keys |= keys_of(inner, prefix + name + between)

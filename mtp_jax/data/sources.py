@@ -1,13 +1,14 @@
-"""Where documents come from: each source lists its documents by name and reads one when asked."""
+"""Where documents come from: each source of the config lists its documents, and a part of them is held out."""
 
 import glob
-import hashlib
 import sysconfig
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
 from mtp_jax.config import Data, Source
+from mtp_jax.data.examples import Content, Example, Text
+from mtp_jax.data.rows import dataset_rows
 from mtp_jax.errors import UserError
 
 # Of the library's own test packages, and of what is not the library.
@@ -15,7 +16,7 @@ _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 
 
 @dataclass(frozen=True)
-class Document:
+class Document(Example):
     """A piece of a file, named independently of where the file lies on this machine."""
 
     name: str
@@ -32,10 +33,8 @@ class Document:
             return _decode(self.path, data)
         return data[self.start : self.end].decode("utf-8", errors="replace")
 
-    @property
-    def draw(self) -> float:
-        """A number in [0, 1) that depends on the name alone; the smallest ones are held out."""
-        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big") / 2**64
+    def content(self) -> Content:
+        return Text(self.text())
 
 
 def _decode(path: Path, data: bytes) -> str:
@@ -48,10 +47,10 @@ def _decode(path: Path, data: bytes) -> str:
     return data.decode("utf-8", errors="replace")
 
 
-def python_stdlib() -> list[Document]:
+def python_stdlib() -> list[Example]:
     """The source files of the running Python's standard library, its test packages left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = []
+    files: list[Example] = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if not _NOT_STDLIB.intersection(relative.parts) and path.stat().st_size > 0:
@@ -61,7 +60,7 @@ def python_stdlib() -> list[Document]:
     return files
 
 
-def text_files(source: Source, key: str) -> list[Document]:
+def text_files(source: Source, key: str) -> list[Example]:
     """The documents of a text source: files, or pieces of files between separators."""
     assert source.path is not None
     base = Path(source.path).expanduser()
@@ -75,7 +74,7 @@ def text_files(source: Source, key: str) -> list[Document]:
     if not paths:
         what = "holds no .txt file" if base.is_dir() else "no such file or folder, and no glob that matches one"
         raise UserError(f"{key}: {source.path}: {what}.")
-    documents = []
+    documents: list[Example] = []
     for path in paths:
         name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
         if source.separator is None:
@@ -98,25 +97,33 @@ def _pieces(path: Path, name: str, separator: bytes) -> list[Document]:
     return pieces
 
 
-def documents(source: Source, key: str = "data.sources.0.path") -> list[Document]:
-    """All documents of a source, in a fixed order.
+def documents(source: Source, key: str = "data.sources.0.path") -> list[Example]:
+    """All documents of a source, in a fixed order; `key` is where its path stands.
 
     Raises:
-        UserError: a missing path or a source without text.
+        UserError: a missing path, a source without text, a dataset that cannot be had or lacks the columns.
     """
-    return python_stdlib() if source.kind == "python-stdlib" else text_files(source, key)
+    if source.kind == "python-stdlib":
+        return python_stdlib()
+    if source.kind == "dataset":
+        return dataset_rows(source, key.removesuffix(".path"))
+    return text_files(source, key)
 
 
-def split(found: list[Document], held_out: float) -> tuple[list[Document], list[Document]]:
+def split(found: list[Example], held_out: float) -> tuple[list[Example], list[Example]]:
     """Training and held-out documents, told apart by the hash of their name: alike on every machine."""
-    return [d for d in found if d.draw >= held_out], [d for d in found if d.draw < held_out]
+    train: list[Example] = []
+    held: list[Example] = []
+    for document in found:
+        (held if document.draw < held_out else train).append(document)
+    return train, held
 
 
-def read_sources(data: Data) -> tuple[list[list[Document]], list[Document]]:
+def read_sources(data: Data) -> tuple[list[list[Example]], list[Example]]:
     """Training documents of every source, and the held-out documents of all.
 
     Raises:
-        UserError: a missing path, a source without text, nothing to train on.
+        UserError: what a source lacks, nothing to train on.
     """
     training, held_out, faults = [], [], []
     for i, source in enumerate(data.sources):

@@ -15,6 +15,7 @@ from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.folder import find_folder, load_params, load_tokenizer, read_geometry, stop_ids
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, unstack_layers
+from mtp_jax.mtp.adapter_folder import find_adapter, load_adapter
 
 _SMALLEST_BUCKET = 32
 
@@ -31,7 +32,7 @@ class Completion:
 class Generator:
     """A model ready to decode. Weights are held once, unstacked.
 
-    >>> generator = Generator.load("bundled:stdlib-6m")
+    >>> generator = Generator.load("bundled:stdlib-5m")
     >>> completion = generator(["def main():"], max_new_tokens=64)[0]
     >>> print(generator.text(completion))
     """
@@ -44,14 +45,20 @@ class Generator:
         self.compiled: dict[tuple[int, ...], Any] = {}
 
     @classmethod
-    def load(cls, model: str, dtype: str | None = None) -> "Generator":
+    def load(cls, model: str, dtype: str | None = None, adapter: str | None = None) -> "Generator":
         """From a Hugging Face folder, a hub name or bundled:NAME, computing in `dtype`.
 
-        By default float32 on CPU and bfloat16 on accelerators.
+        By default float32 on CPU and bfloat16 on accelerators. An adapter must belong to the model; plain decoding
+        needs nothing of it.
+
+        Raises:
+            UserError: a model or adapter that does not do, or an adapter without gate, which changes the base's output.
         """
         folder: Path = find_folder(model)
         g = read_geometry(folder)
         tokenizer = load_tokenizer(folder, g)
+        if adapter is not None and not load_adapter(find_adapter(adapter), g, folder)[0].gated:
+            raise UserError(f"{adapter}: was trained without gate (lora.gated: false) and cannot decode losslessly.")
         kept = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
         return cls(g, load_params(folder, g, kept), tokenizer, stop_ids(folder), kept)
 
@@ -81,9 +88,7 @@ class Generator:
         """The new tokens as text, special tokens left out."""
         return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
 
-    def __call__(
-        self, prompts: list[str], max_new_tokens: int, batch_size: int | None = None
-    ) -> list[Completion]:
+    def __call__(self, prompts: list[str], max_new_tokens: int, batch_size: int | None = None) -> list[Completion]:
         """Continue texts, `batch_size` at a time (all at once by default)."""
         return self.complete([self.encode(prompt) for prompt in prompts], max_new_tokens, batch_size or len(prompts))
 

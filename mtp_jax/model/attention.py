@@ -65,3 +65,98 @@ def attend(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, N // K * R, -1)
     out = jnp.einsum("bkqs,bksh->bkqh", weights, v).reshape(B, K, N // K, R, H)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, R, N, H)
+
+
+class Blocks(NamedTuple):
+    """G blocks of M mask rows per sequence, each anchored to a key (method.md, section 1).
+
+    Mask j = 1..M of a block has position p + j, p being its anchor's; it sees keys up to its anchor and the masks of
+    its own block up to itself.
+    """
+
+    anchors: Int[Array, "B G"]  # index of the anchor among the keys
+    positions: Int[Array, "B G"]  # position of the anchor
+    segments: Int[Array, "B G"] | None = None  # document of the anchor; 0 for a block that only fills the array
+
+
+class Keys(NamedTuple):
+    """What blocks see of the real rows besides keys and values."""
+
+    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"] | None = None
+
+
+def attend_blocks(
+    q: Float[Array, "B G M N H"],
+    own: LayerCache,
+    real: LayerCache,
+    blocks: Blocks,
+    keys: Keys,
+    window: Int[Array, ""] | int | None,
+    chunk: int,
+) -> Float[Array, "B G M N H"]:
+    """Attention of mask rows: one softmax over the prefix up to the anchor and the own block up to the row.
+
+    The scores of `chunk` blocks exist at a time. `own` is [B, G, M, K, H], `real` [B, S, K, H]; a block of segment 0
+    sees itself alone. Plain XLA, so that gradients reach q, own, and real where real depends on what is trained.
+    """
+    B, G, M, N, H = q.shape
+    c = min(chunk, G)
+    count = -(-G // c)
+
+    def cut(leaf: Array) -> Array:
+        leaf = jnp.pad(leaf, [(0, 0), (0, count * c - G)] + [(0, 0)] * (leaf.ndim - 2))
+        return jnp.moveaxis(leaf.reshape(B, count, c, *leaf.shape[2:]), 1, 0)
+
+    def part(of: tuple[Array, LayerCache, Blocks]) -> Array:
+        return _attend_chunk(*of, real, keys, window)
+
+    pieces = jax.tree.map(cut, (q, own, blocks))
+    if count == 1:
+        return part(jax.tree.map(lambda x: x[0], pieces))[:, :G]
+    out = jax.lax.map(jax.checkpoint(part), pieces)
+    return jnp.moveaxis(out, 0, 1).reshape(B, count * c, M, N, H)[:, :G]
+
+
+def _attend_chunk(
+    q: Float[Array, "B c M N H"],
+    own: LayerCache,
+    blocks: Blocks,
+    real: LayerCache,
+    keys: Keys,
+    window: Int[Array, ""] | int | None,
+) -> Float[Array, "B c M N H"]:
+    B, c, M, N, H = q.shape
+    K = real.k.shape[2]
+    n = N // K
+    # [B, K, n, c, M, .]: the rows that share a key/value head side by side.
+    heads = q.reshape(B, c, M, K, n, H).transpose(0, 3, 4, 1, 2, 5)
+    k, v = real.k.swapaxes(1, 2), real.v.swapaxes(1, 2)
+    own_k, own_v = own.k.transpose(0, 3, 1, 2, 4), own.v.transpose(0, 3, 1, 2, 4)  # [B, K, c, M, H]
+
+    rows = heads.reshape(B, K, n * c * M, H)
+    prefix = jnp.einsum("bkqh,bksh->bkqs", rows, k, preferred_element_type=jnp.float32) * H**-0.5
+    inside = jnp.einsum("bkncmh,bkcjh->bkncmj", heads, own_k, preferred_element_type=jnp.float32) * H**-0.5
+
+    index, offset = jnp.arange(k.shape[2]), jnp.arange(M)
+    seen = index <= blocks.anchors[..., None]  # [B, c, S]
+    if blocks.segments is not None:
+        assert keys.segments is not None
+        seen &= (blocks.segments[..., None] == keys.segments[:, None]) & (blocks.segments[..., None] != 0)
+    seen = seen[:, :, None]  # [B, c, 1, S], or [B, c, M, S] with a window
+    causal = offset[:, None] >= offset[None, :]
+    if window is not None:  # measured from a row's own position
+        distance = (blocks.positions[..., None] + 1 + offset)[..., None] - keys.positions[:, None, None]
+        seen = seen & (distance < window)
+        causal &= offset[:, None] - offset[None, :] < window
+    lowest = jnp.finfo(jnp.float32).min
+    prefix = jnp.where(seen[:, None, None], prefix.reshape(B, K, n, c, M, -1), lowest)
+    inside = jnp.where(causal, inside, lowest)
+
+    # One softmax over two parts, joined by their common maximum. A row always sees itself, so that it is finite.
+    top = jax.lax.stop_gradient(jnp.maximum(prefix.max(-1), inside.max(-1)))[..., None]
+    prefix, inside = jnp.exp(prefix - top), jnp.exp(inside - top)
+    total = prefix.sum(-1) + inside.sum(-1)
+    out = jnp.einsum("bkqs,bksh->bkqh", prefix.astype(v.dtype).reshape(B, K, n * c * M, -1), v)
+    out = out.reshape(B, K, n, c, M, H) + jnp.einsum("bkncmj,bkcjh->bkncmh", inside.astype(v.dtype), own_v)
+    return (out / total[..., None].astype(out.dtype)).transpose(0, 3, 4, 1, 2, 5).reshape(B, c, M, N, H)

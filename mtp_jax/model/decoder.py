@@ -4,7 +4,7 @@ One forward pass serves training (rows of packed documents, no cache), prefill (
 decoding (a few rows, cache). It knows neither losses nor drafts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mtp_jax.model.attention import LayerCache, attend, visibility
+from mtp_jax.model.attention import Blocks, Keys, LayerCache, attend, attend_blocks, visibility
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.rope import angles, rotate
 
@@ -34,17 +34,20 @@ class Rows(NamedTuple):
 
 
 class Projection(nn.Module):
-    """y = x W (+ b), in the dtype of x."""
+    """y = x W (+ b), in the dtype of x; for adapted rows y + (x A) B, where the `lora` collection holds A and B."""
 
     features: int
     bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B R in"]) -> Float[Array, "B R out"]:
+    def __call__(self, x: Float[Array, "... in"], adapted: bool = False) -> Float[Array, "... out"]:
         kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], self.features))
         y = x @ kernel.astype(x.dtype)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        if adapted and self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
         return y
 
 
@@ -62,48 +65,84 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer: attention and gated MLP, each behind a norm and added to the residual stream."""
+    """One layer: attention and gated MLP, each behind a norm and added to the residual stream.
+
+    Real rows and mask rows are two streams through the same frozen weights; `adapted` rows also meet the LoRA.
+    """
 
     g: Geometry
 
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B R D"], rows: Rows, kind: Int[Array, ""], cache: LayerCache | None
+    def setup(self) -> None:
+        g = self.g
+        self.attention_norm, self.mlp_norm = RMSNorm(g.norm_epsilon), RMSNorm(g.norm_epsilon)
+        if g.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(g.norm_epsilon), RMSNorm(g.norm_epsilon)
+        self.q = Projection(g.N * g.H, g.qkv_bias)
+        self.k = Projection(g.K * g.H, g.qkv_bias)
+        self.v = Projection(g.K * g.H, g.qkv_bias)
+        self.o = Projection(g.D, g.o_bias)
+        self.gate, self.up = Projection(g.F, g.mlp_bias), Projection(g.F, g.mlp_bias)
+        self.down = Projection(g.D, g.mlp_bias)
+
+    def real(
+        self,
+        x: Float[Array, "B R D"],
+        rows: Rows,
+        kind: Int[Array, ""] | int,
+        cache: LayerCache | None,
+        adapted: bool,
+        keep: bool,
     ) -> tuple[Float[Array, "B R D"], LayerCache | None]:
+        """Real rows; returns the cache with them in it, or their own keys and values where these are to be kept."""
+        q, k, v = self._attention_inputs(x, rows.cos, rows.sin, adapted)
+        held = LayerCache(k, v) if cache is None else cache.write(k, v, rows.start)
+        h = attend(q, held.k.astype(x.dtype), held.v.astype(x.dtype), rows.visible[kind])
+        x = self._outputs(x, h, adapted)
+        self.sow("intermediates", "residual", x)
+        return x, held if keep else None
+
+    def masks(
+        self,
+        m: Float[Array, "B G M D"],
+        cos: Float[Array, "B G M 1 H/2"],
+        sin: Float[Array, "B G M 1 H/2"],
+        blocks: Blocks,
+        keys: Keys,
+        window: Int[Array, ""] | None,
+        real: LayerCache,
+        chunk: int,
+    ) -> Float[Array, "B G M D"]:
+        """Mask rows, which see the real rows' keys and values and those of their own block."""
+        q, k, v = self._attention_inputs(m, cos, sin, adapted=True)
+        real = LayerCache(real.k.astype(m.dtype), real.v.astype(m.dtype))
+        h = attend_blocks(q, LayerCache(k, v), real, blocks, keys, window, chunk)
+        return self._outputs(m, h, adapted=True)
+
+    def _attention_inputs(self, x: Float[Array, "... D"], cos: Array, sin: Array, adapted: bool) -> tuple[Array, ...]:
         g = self.g
         with jax.named_scope("attention"):
-            h = RMSNorm(g.norm_epsilon, name="attention_norm")(x)
-            q = self._heads("q", h, g.N)
-            k = self._heads("k", h, g.K)
-            v = self._heads("v", h, g.K)
+            h = self.attention_norm(x)
+            q = self.q(h, adapted).reshape(*x.shape[:-1], g.N, g.H)
+            k = self.k(h, adapted).reshape(*x.shape[:-1], g.K, g.H)
+            v = self.v(h, adapted).reshape(*x.shape[:-1], g.K, g.H)
             if g.qk_norm:
-                q = RMSNorm(g.norm_epsilon, name="q_norm")(q)
-                k = RMSNorm(g.norm_epsilon, name="k_norm")(k)
-            q, k = rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin)
-            if cache is not None:
-                cache = cache.write(k, v, rows.start)
-                k, v = cache.k.astype(x.dtype), cache.v.astype(x.dtype)
-            h = attend(q, k, v, rows.visible[kind])
-            x = x + Projection(g.D, g.o_bias, name="o")(h.reshape(*h.shape[:2], -1))
-        with jax.named_scope("mlp"):
-            h = RMSNorm(g.norm_epsilon, name="mlp_norm")(x)
-            gate = Projection(g.F, g.mlp_bias, name="gate")(h)
-            up = Projection(g.F, g.mlp_bias, name="up")(h)
-            x = x + Projection(g.D, g.mlp_bias, name="down")(jax.nn.silu(gate) * up)
-        x = nn.with_logical_constraint(x, ("batch", "rows", None))
-        self.sow("intermediates", "residual", x)
-        return x, cache
+                q, k = self.q_norm(q), self.k_norm(k)
+            return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def _heads(self, name: str, h: Float[Array, "B R D"], heads: int) -> Float[Array, "B R heads H"]:
-        y = Projection(heads * self.g.H, self.g.qkv_bias, name=name)(h)
-        return y.reshape(*h.shape[:2], heads, self.g.H)
+    def _outputs(self, x: Float[Array, "... D"], h: Float[Array, "... N H"], adapted: bool) -> Float[Array, "... D"]:
+        with jax.named_scope("attention"):
+            x = x + self.o(h.reshape(*x.shape[:-1], -1), adapted)
+        with jax.named_scope("mlp"):
+            h = self.mlp_norm(x)
+            x = x + self.down(jax.nn.silu(self.gate(h, adapted)) * self.up(h, adapted), adapted)
+        return nn.with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1))
 
 
 class Decoder(nn.Module):
     """The base model. `params` come from `weight_table`; computation runs in `dtype`, softmax and norms in float32.
 
-    With `scanned` layers every weight is stacked [L, ...]: one compiled layer, for training. Without, `params` and cache
-    hold one entry per layer (`unstack_layers`): nothing is copied out of a stack, for decoding.
+    With `scanned` layers every weight is stacked [L, ...]: one compiled layer, for training. Without, `params` and
+    cache hold one entry per layer (`unstack_layers`): nothing is copied out of a stack, for decoding.
     """
 
     g: Geometry
@@ -116,17 +155,10 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(self.g.norm_epsilon)
         if not self.g.tied:
             self.unembed = _Table(self.g.V, self.g.D)
-        layer = Layer if self.remat == "none" else nn.remat(Layer, policy=REMAT_POLICIES[self.remat])
         if self.scanned:
-            self.layers = nn.scan(
-                layer,
-                variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0, 0),
-                length=self.g.L,
-            )(self.g)
+            self.layers = Layer(self.g)
         else:
-            self.layer = [layer(self.g) for _ in range(self.g.L)]
+            self.layer = [Layer(self.g) for _ in range(self.g.L)]
 
     def __call__(
         self,
@@ -134,16 +166,23 @@ class Decoder(nn.Module):
         positions: Int[Array, "B R"],
         segments: Int[Array, "B R"] | None = None,
         cache: Cache | None = None,
+        adapted: bool = False,
+        keep: bool = False,
     ) -> tuple[Float[Array, "B R D"], Cache | None]:
-        """Latents after the final norm, and the cache with these rows written at their positions.
+        """Latents of real rows after the final norm, and the cache with these rows written at their positions.
 
         Without a cache a row sees the rows of its own segment up to its position. With one it sees every slot up to
         its position; the rows of a sequence then have consecutive positions and there are no segments.
+
+        Args:
+            adapted: let real rows meet the LoRA too: standard LoRA, to show what the gate prevents.
+            keep: without a cache, return the rows' own keys and values in its place, for mask blocks to see.
         """
-        g = self.g
-        x = nn.with_logical_constraint(self.embed()[tokens].astype(self.dtype), ("batch", "rows", None))
+        g, keep = self.g, keep or cache is not None
+        x = self.embed()[tokens].astype(self.dtype)
+        x = nn.with_logical_constraint(x, ("batch", "rows", None))
         windows = sorted(set(g.windows), key=lambda window: (window is None, window))
-        kinds = jnp.asarray([windows.index(window) for window in g.windows])
+        kinds = [windows.index(window) for window in g.windows]
         keys, key_segments = positions, segments
         if cache is not None:
             assert segments is None
@@ -151,21 +190,72 @@ class Decoder(nn.Module):
             keys = jnp.broadcast_to(jnp.arange(slots), (len(tokens), slots))
         visible = jnp.stack([visibility(positions, keys, segments, key_segments, window) for window in windows])
         rows = Rows(*angles(g.rope, positions), visible, positions[:, 0])
+
+        def body(layer: Layer, x: Array, kind: Any, cache: LayerCache | None) -> tuple[Array, LayerCache | None]:
+            return layer.real(x, rows, kind, cache, adapted, keep)
+
         if self.scanned:
-            x, cache = self.layers(x, rows, kinds, cache)
+            x, cache = self._scan(self._rematerialised(body))(self.layers, x, jnp.asarray(kinds), cache)
         else:
             written = []
             for i, layer in enumerate(self.layer):
-                x, layer_cache = layer(x, rows, windows.index(g.windows[i]), None if cache is None else cache[i])
+                x, layer_cache = body(layer, x, kinds[i], None if cache is None else cache[i])
                 written.append(layer_cache)
-            cache = None if cache is None else written
+            cache = written if keep else None  # type: ignore[assignment]
         return self.norm(x), cache
+
+    def masks(
+        self,
+        embeddings: Float[Array, "M D"],
+        blocks: Blocks,
+        keys: Keys,
+        real: LayerCache,
+        chunk: int,
+    ) -> Float[Array, "B G M D"]:
+        """Latents of all mask rows after the final norm.
+
+        Args:
+            embeddings: of the mask tokens m_1..m_M.
+            blocks: the anchors; `keys` and `real` describe the real rows, as `__call__` kept them or in a cache.
+            chunk: how many blocks' attention scores exist at a time.
+        """
+        g, M = self.g, embeddings.shape[0]
+        m = jnp.broadcast_to(embeddings.astype(self.dtype), (*blocks.anchors.shape, M, g.D))
+        positions = blocks.positions[..., None] + 1 + jnp.arange(M)
+        cos, sin = angles(g.rope, positions)
+        # A window that no distance reaches stands for none, so that one compiled layer serves both kinds.
+        windowed = any(window is not None for window in g.windows)
+        windows = jnp.asarray([window or jnp.iinfo(jnp.int32).max for window in g.windows]) if windowed else None
+
+        def body(layer: Layer, m: Array, window: Any, real: LayerCache) -> tuple[Array, None]:
+            return layer.masks(m, cos, sin, blocks, keys, window, real, chunk), None
+
+        m, _ = self._scan(self._rematerialised(body))(self.layers, m, windows, real)
+        return self.norm(m)
 
     def logits(self, latents: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """The base head, float32."""
-        table = self.embed() if self.g.tied else self.unembed()
         return jnp.einsum(
-            "...d,vd->...v", latents, table.astype(latents.dtype), preferred_element_type=jnp.float32
+            "...d,vd->...v", latents, self.unembedding().astype(latents.dtype), preferred_element_type=jnp.float32
+        )
+
+    def embeddings(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+        """Input embeddings of tokens, as stored."""
+        return self.embed()[tokens]
+
+    def unembedding(self) -> Float[Array, "V D"]:
+        """The table of the base head, as stored."""
+        return self.embed() if self.g.tied else self.unembed()
+
+    def _rematerialised(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        return body if self.remat == "none" else nn.remat(body, policy=REMAT_POLICIES[self.remat])
+
+    def _scan(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        return nn.scan(
+            body,
+            variable_axes={"params": 0, "lora": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            length=self.g.L,
         )
 
 

@@ -111,9 +111,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         files = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-        found = f"only pickle files ({', '.join(pickles[:3])}), which are never loaded" if pickles else "no weights"
+        instead = f"only pickle files ({', '.join(pickles[:3])}), which are never loaded" if pickles else "no weights"
         raise UserError(
-            f"{folder}: holds {found}; convert the model to safetensors: load it with transformers where you trust "
+            f"{folder}: holds {instead}; convert the model to safetensors: load it with transformers where you trust "
             "its source, and call save_pretrained."
         )
     found: dict[str, Stored] = {}
@@ -166,7 +166,7 @@ def match_table(table: tuple[Weight, ...], g: Geometry, stored: Mapping[str, Sto
             )
     missing, misshapen = [], []
     for weight in table:
-        for name in weight.keys():
+        for name in weight.stored_keys():
             key = renamed.get(name, name)
             unused.discard(key)
             if key not in stored:
@@ -233,7 +233,7 @@ def load_params(
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     items = []
     for weight in table:
-        keys = [renamed.get(key, key) for key in weight.keys()]
+        keys = [renamed.get(key, key) for key in weight.stored_keys()]
         kept = np.dtype(dtype or jnp.result_type(*{stored[key].dtype for key in keys}))
 
         blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices that hold the same part share one

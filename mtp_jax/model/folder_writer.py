@@ -1,5 +1,6 @@
 """Hugging Face folders out: stream our tree into sharded safetensors that `from_pretrained` loads."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ def stored_form(params: Params, g: Geometry, dtype: jnp.dtype) -> Iterator[tuple
     """Every tensor under its Hugging Face name and in its layout, one at a time on the host."""
     for weight in weight_table(g):
         leaf = leaf_at(params, weight.path)
-        for slot, key in enumerate(weight.keys()):
+        for slot, key in enumerate(weight.stored_keys()):
             tensor = np.asarray((leaf[slot] if weight.stacked else leaf).astype(dtype))
             yield key, np.ascontiguousarray(tensor.T if weight.transposed else tensor)
 
@@ -36,22 +37,29 @@ def write_folder(
     tokenizer: Any,
     dtype: jnp.dtype,
     shard_bytes: int = SHARD_BYTES,
+    generation: dict[str, Any] | None = None,
 ) -> None:
     """Write a model folder: safetensors, `config.json`, `generation_config.json` and the tokenizer.
 
-    Everything goes to a temporary folder beside `out`, which is renamed when complete: `out` is whole or absent.
-    An older `out` is replaced.
+    `out` is whole or absent; an older one is replaced. Without `generation`, the special ids of `config` stand there.
     """
+    config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
+    config["dtype"] = jnp.dtype(dtype).name
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    with whole_or_absent(out) as part:
+        _write_tensors(part, stored_form(params, g, dtype), shard_bytes)
+        _write_json(part / "config.json", config)
+        _write_json(part / "generation_config.json", ids if generation is None else generation)
+        tokenizer.save_pretrained(part)
+
+
+@contextlib.contextmanager
+def whole_or_absent(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` to write into, which takes its name, and its place, when all is on disk."""
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    _write_tensors(part, stored_form(params, g, dtype), shard_bytes)
-    config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
-    config["dtype"] = jnp.dtype(dtype).name
-    _write_json(part / "config.json", config)
-    stops = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
-    _write_json(part / "generation_config.json", stops)
-    tokenizer.save_pretrained(part)
+    yield part
     for path in (path for path in part.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())

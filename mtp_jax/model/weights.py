@@ -32,7 +32,7 @@ class Weight:
     def stacked(self) -> bool:
         return self.axes[0] == "layers"
 
-    def keys(self) -> list[str]:
+    def stored_keys(self) -> list[str]:
         """The names of the stored tensors that make up this weight, in order of layer."""
         return [self.key.format(layer=layer) for layer in range(self.shape[0])] if self.stacked else [self.key]
 
@@ -101,7 +101,7 @@ def leaf_at(tree: Params, path: tuple[str, ...]) -> Any:
 
 
 def init_params(g: Geometry, key: PRNGKeyArray, dtype: jnp.dtype = jnp.float32) -> Params:
-    """Fresh weights: normal of scale `init_scale`, down to 1/sqrt(2L) of it where a projection writes to the residual."""
+    """Fresh weights: normal of scale `init_scale`, 1/sqrt(2L) of it where a projection writes to the residual."""
 
     def draw(index: int, weight: Weight) -> Array:
         if not weight.decays:
@@ -123,8 +123,9 @@ def unstack_layers(params: Params) -> Params:
     The stacked weights are consumed one after another, so that never more than one of them exists twice.
     """
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-    items = []
-    for path, leaf in [((name, kind), leaf) for name, leaves in params["layers"].items() for kind, leaf in leaves.items()]:
+    items: list[tuple[tuple[str, ...], Any]] = []
+    stacked = [((name, kind), leaf) for name, leaves in params["layers"].items() for kind, leaf in leaves.items()]
+    for path, leaf in stacked:
         items += [((f"layer_{i}", *path), layer) for i, layer in enumerate(leaf)]
         leaf.delete()
     return rest | build_tree(items)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Config, TokenizerRecipe
-from mtp_jax.data.sources import Document
+from mtp_jax.data.examples import Example
 from mtp_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.model.decoder import Decoder
@@ -23,7 +23,7 @@ from mtp_jax.model.folder import (
 )
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, init_params, weight_table
-from mtp_jax.training.sharding import params_sharding, weight_sharding
+from mtp_jax.training.sharding import table_sharding, weight_sharding
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,11 @@ class Base:
     folder: Path | None  # where its weights are; None for a new model
 
 
-def check_base(config: Config) -> None:
+def check_base(config: Config) -> Any | None:
     """Read what a base model consists of and write nothing, so that a wrong one leaves no trace.
+
+    Returns:
+        The tokenizer; None where it is still to be trained.
 
     Raises:
         UserError: a folder, config, tokenizer or weights that do not do, or sequences longer than the model's context.
@@ -46,16 +49,16 @@ def check_base(config: Config) -> None:
         folder = find_folder(config.model.path)
         g = read_geometry(folder)
         match_table(weight_table(g), g, stored_tensors(folder), folder)
-        load_tokenizer(folder, g)
+        tokenizer = load_tokenizer(folder, g)
     else:
         assert config.model.scratch is not None
-        tokenizer = config.model.scratch.tokenizer
+        recipe, tokenizer = config.model.scratch.tokenizer, None
         g = Geometry.from_config(config.model.scratch.config, "model.scratch.config")
-        if isinstance(tokenizer, str):
-            load_tokenizer(Path(tokenizer).expanduser(), g)
-        elif tokenizer.vocabulary > g.V:
+        if isinstance(recipe, str):
+            tokenizer = load_tokenizer(Path(recipe).expanduser(), g)
+        elif recipe.vocabulary > g.V:
             raise UserError(
-                f"model.scratch.tokenizer.vocabulary={tokenizer.vocabulary} is more than "
+                f"model.scratch.tokenizer.vocabulary={recipe.vocabulary} is more than "
                 f"model.scratch.config.vocab_size={g.V}."
             )
     if config.train.sequence_length > g.max_positions:
@@ -63,9 +66,10 @@ def check_base(config: Config) -> None:
             f"train.sequence_length={config.train.sequence_length} is longer than the model's context of "
             f"{g.max_positions} (max_position_embeddings)."
         )
+    return tokenizer
 
 
-def find_base(config: Config, training: list[list[Document]], run_dir: Path) -> Base:
+def find_base(config: Config, training: list[list[Example]], run_dir: Path) -> Base:
     """Read geometry and tokenizer; a new model's tokenizer is trained on the training documents, once per run.
 
     Raises:
@@ -92,7 +96,9 @@ def load_base(base: Base, mesh: jax.sharding.Mesh, seed: int, dtype: jnp.dtype) 
     """The base's weights in `dtype`, read from its folder or drawn afresh, each in its final sharding."""
     if base.folder is not None:
         return load_params(base.folder, base.g, dtype, lambda weight: weight_sharding(mesh, weight))
-    draw = jax.jit(lambda key: init_params(base.g, key, dtype), out_shardings=params_sharding(mesh, base.g))
+    draw = jax.jit(
+        lambda key: init_params(base.g, key, dtype), out_shardings=table_sharding(mesh, weight_table(base.g))
+    )
     return draw(jax.random.key(seed))
 
 

@@ -37,6 +37,14 @@ class Journal:
         while line:  # an almost full disk takes a part of it
             line = line[self.file.write(line) :]
 
+    def last_figures(self) -> dict[str, Any]:
+        """The newest line with held-out figures, without their prefix; empty where there is none."""
+        for line in reversed(self.path.read_bytes().splitlines()):
+            record = json.loads(line)
+            if "held_out_loss" in record:
+                return {name.removeprefix("held_out_"): value for name, value in record.items()}
+        return {}
+
     def sync(self) -> None:
         """Force everything to disk."""
         os.fsync(self.file.fileno())
@@ -84,7 +92,14 @@ class Trackers:
 
     def write(self, record: dict[str, Any]) -> None:
         """Record the numbers of one step."""
-        values = {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
+        values: dict[str, float] = {}
+        for name, value in record.items():
+            if isinstance(value, list):
+                values |= {f"{name}/{i + 1}": entry for i, entry in enumerate(value)}
+            elif isinstance(value, dict):
+                values |= {f"{name}/{key}": entry for key, entry in value.items()}
+            elif name != "step":
+                values[name] = value
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, record["step"])

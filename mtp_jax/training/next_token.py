@@ -23,9 +23,11 @@ class NextToken:
         """Number of supervised rows."""
         return jnp.maximum(jnp.sum(batch["supervised"]), 1).astype(jnp.float32)
 
-    def loss(self, trained: Any, frozen: Any, part: Batch, totals: Float[Array, ""]) -> tuple[Array, Metrics]:
+    def loss(
+        self, trained: Any, frozen: Any, part: Batch, totals: Float[Array, ""], step: Any = None
+    ) -> tuple[Array, Metrics]:
         """Share of the loss in nats per token, and of `loss` and `accuracy`."""
-        del frozen
+        del frozen, step
         shares = {name: value / totals for name, value in self.sums(trained, part).items()}
         return shares["loss"], shares
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,31 +9,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import yaml
 
 from mtp_jax.config import Config, dump
 from mtp_jax.data.pipeline import Batch, held_out_batches, training_batches
-from mtp_jax.data.sources import Document, read_sources
+from mtp_jax.data.sources import read_sources
+from mtp_jax.data.supervision import check_supervision
 from mtp_jax.errors import FULL_DISK, UserError
-from mtp_jax.model.folder_writer import write_folder
-from mtp_jax.model.weights import build_tree, weight_table
+from mtp_jax.model.folder_writer import parameter_count
+from mtp_jax.model.weights import build_tree
 from mtp_jax.training import sharding
-from mtp_jax.training.base import check_base, find_base, load_base, make_decoder
+from mtp_jax.training.base import check_base, find_base
 from mtp_jax.training.checkpoints import Checkpoints, abstract
-from mtp_jax.training.evaluation import make_evaluate
 from mtp_jax.training.journal import Journal, Trackers, check_trackers
-from mtp_jax.training.next_token import NextToken
 from mtp_jax.training.optimizer import learning_rate, make_optimizer
 from mtp_jax.training.progress import ProgressBar
-from mtp_jax.training.step import WEIGHTS_FINITE, TrainState, make_train_step
+from mtp_jax.training.recorder import Recorder
+from mtp_jax.training.step import TrainState, make_train_step
+from mtp_jax.training.tasks import MultiTokenTask, check_adapter, make_task, shapes_of
 
 # A run may continue with other values of these; anything else would change what it computes.
 _FREE = ("output_dir", "checkpoints", "logging", "compilation_cache", "mesh")
-_WHEN_NOT_FINITE = (
-    "Nothing of this step was saved: lower train.learning_rate or mend the data, and start again in a new output_dir "
-    "(other settings) or in this one (mended data), which resumes from the last checkpoint."
-)
 
 
 def train(config: Config) -> Path:
@@ -53,7 +48,8 @@ def train(config: Config) -> Path:
             "evaluation.every is set, but no document fell to the held-out part: add documents, set "
             "data.sources.N.separator to part a file into documents, raise data.held_out, or unset evaluation.every."
         )
-    check_base(config)
+    supervision = check_supervision(training, check_base(config))
+    check_adapter(config)
     check_trackers(config)
     enable_compilation_cache(config.compilation_cache)
 
@@ -64,6 +60,12 @@ def train(config: Config) -> Path:
     ):
         # ---- model, data, objective
         base = find_base(config, training, run_dir)
+        spread = sharding.batch_sharding(mesh)
+
+        def place(batch: Batch) -> dict[str, jax.Array]:
+            return {name: jax.device_put(value, spread) for name, value in batch.items() if name != "documents"}
+
+        task = make_task(config, base, mesh, place)
         batches, documents = training_batches(
             training,
             [source.weight for source in config.data.sources],
@@ -71,28 +73,26 @@ def train(config: Config) -> Path:
             config.train.batch_size,
             config.train.sequence_length,
             config.seed,
+            task.anchors,
         )
-        objective = NextToken(make_decoder(base, config), config.train.loss_chunk)
-        spread = sharding.batch_sharding(mesh)
-
-        def place(batch: Batch) -> dict[str, jax.Array]:
-            return {name: jax.device_put(value, spread) for name, value in batch.items() if name != "documents"}
 
         # ---- state: shapes first, so that a restored run never holds two
-        decays = build_tree([(weight.path, weight.decays) for weight in weight_table(base.g)])
+        decays = build_tree([(weight.path, weight.decays) for weight in task.table])
         tx = make_optimizer(config.train, decays)
-        weights = sharding.params_sharding(mesh, base.g)
-        trained = jax.eval_shape(lambda: load_shapes(base.g))
+        weights = sharding.table_sharding(mesh, task.table)
+        trained = shapes_of(task.table)
         placed = TrainState(sharding.replicated(mesh), weights, sharding.optimizer_sharding(mesh, tx, trained, weights))
         shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(tx.init, trained))
         start = checkpoints.latest()
         if start is not None:
             state = checkpoints.restore(start, abstract(shapes, placed), batches)
         else:
-            params = load_base(base, mesh, config.seed, jnp.float32)
+            params = task.start()
             optimizer = jax.jit(tx.init, out_shardings=placed.optimizer)(params)
             state = TrainState(jax.device_put(jnp.int32(0), placed.step), params, optimizer)
         start = start or 0
+        if config.evaluation.every is not None and isinstance(task, MultiTokenTask):
+            task.choose_prompts(held_out)
 
         # ---- records, cut back to where the state is
         metrics, timing = Journal(run_dir / "metrics.jsonl"), Journal(run_dir / "timing.jsonl")
@@ -102,36 +102,42 @@ def train(config: Config) -> Path:
 
         # ---- steps
         step_fn = jax.jit(
-            make_train_step(objective, tx, learning_rate(config.train), config.train.accumulation),
+            make_train_step(task.objective, tx, learning_rate(config.train), config.train.accumulation),
             donate_argnums=0,
             out_shardings=(placed, sharding.replicated(mesh)),
         )
-        evaluate = make_evaluate(objective, place)
 
-        def held_out_figures(params: Any) -> dict[str, float]:
+        def held_out_figures() -> dict[str, Any]:
             held = held_out_batches(
                 held_out,
                 base.tokenizer,
                 config.train.batch_size,
                 config.train.sequence_length,
                 config.evaluation.batches,
+                task.anchors,
             )
-            return {f"held_out_{name}": value for name, value in evaluate(params, held).items()}
+            return {f"held_out_{name}": value for name, value in task.evaluate(state.trained, held).items()}
 
         with ProgressBar(config.train.steps, start) as progress:
             if start:
                 progress.say(f"resuming {run_dir} from step {start}")
-            record = _Recorder(config, metrics, timing, trackers, progress, documents)
+            for line in supervision:
+                progress.say(line)
+            progress.say(
+                f"training {parameter_count(state.trained):,} parameters, {parameter_count(task.frozen):,} frozen"
+            )
+            record = Recorder(config, metrics, timing, trackers, progress, documents)
             for step in range(start + 1, config.train.steps + 1):
                 waited = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - waited
-                state, values = step_fn(state, None, place(batch))
+                _check_trainable(batch, step)
+                state, values = step_fn(state, task.frozen, place(batch))
                 record.step(step, values, batch, waited)  # reads the step before, while this one runs
                 due = step == config.train.steps
                 if config.evaluation.every and (due or step % config.evaluation.every == 0):
                     record.finish()
-                    record.line(step, held_out_figures(state.trained))
+                    record.line(step, held_out_figures())
                 if due or step % config.checkpoints.every == 0:
                     record.finish()  # nothing after a non-finite loss is ever saved
                     metrics.sync()  # nor a state whose records could still be lost
@@ -141,84 +147,10 @@ def train(config: Config) -> Path:
 
         # ---- the finished model
         checkpoints.finish()
-        out = run_dir / "model"
-        dtype = jnp.dtype(config.model.save_dtype)
-        write_folder(out, state.trained, base.g, base.config, base.tokenizer, dtype)
+        out = task.write(run_dir, state.trained, metrics.last_figures())
         for journal in (metrics, timing, trackers):
             journal.close()
     return out
-
-
-class _Recorder:
-    """Writes each step's numbers one step late, so that the devices never wait for the host to read them."""
-
-    def __init__(
-        self,
-        config: Config,
-        metrics: Journal,
-        timing: Journal,
-        trackers: Trackers,
-        progress: ProgressBar,
-        documents: list[Document],
-    ):
-        self.config, self.metrics, self.timing = config, metrics, timing
-        self.trackers, self.progress, self.documents = trackers, progress, documents
-        self.pending: tuple[int, Any, Batch, float] | None = None
-        self.clock = time.perf_counter()
-
-    def step(self, step: int, values: Any, batch: Batch, waited: float) -> None:
-        self.finish()
-        self.pending = (step, values, batch, waited)
-
-    def finish(self) -> None:
-        """Read and write the pending step; raises UserError where its loss is not finite."""
-        if self.pending is None:
-            return
-        step, values, batch, waited = self.pending
-        self.pending = None
-        values = {name: float(value) for name, value in values.items()}
-        weights_finite = values.pop(WEIGHTS_FINITE) == 1
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]) and weights_finite):
-            raise UserError(self._not_finite(step, values, weights_finite, batch))
-        seconds = time.perf_counter() - self.clock
-        self.clock = time.perf_counter()
-        self.progress.update(step, values["loss"])
-        if step % self.config.logging.every == 0 or step == self.config.train.steps:
-            self.line(step, values)
-            rows = batch["tokens"].size
-            self.timing.write(
-                {
-                    "step": step,
-                    "seconds": round(seconds, 6),
-                    "rows_per_second": round(rows / seconds, 1),
-                    "tokens_per_second": round(int((batch["segments"] != 0).sum()) / seconds, 1),
-                    "input_wait_seconds": round(waited, 6),
-                }
-            )
-
-    def line(self, step: int, values: dict[str, float]) -> None:
-        if not math.isfinite(values.get("held_out_loss", 0.0)):
-            raise UserError(f"the held-out loss at step {step} is not finite; {_WHEN_NOT_FINITE}")
-        record = {"step": step, **values}
-        self.metrics.write(record)
-        self.trackers.write(record)
-        if "held_out_loss" in values:
-            self.progress.say(
-                f"step {step}  held-out loss {values['held_out_loss']:.4f}  accuracy {values['held_out_accuracy']:.4f}"
-            )
-
-    def _not_finite(self, step: int, values: dict[str, float], weights_finite: bool, batch: Batch) -> str:
-        names = [self.documents[i].name for i in np.unique(batch["documents"][batch["segments"] != 0])]
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        return (
-            f"step {step} is not finite (loss {values['loss']}, gradient norm {values['gradient_norm']}, weights after "
-            f"it {'finite' if weights_finite else 'not finite'}); batch {step} holds {shown}. {_WHEN_NOT_FINITE}"
-        )
-
-
-def load_shapes(g: Any) -> Any:
-    """Float32 master weights of every row of the table, for `jax.eval_shape`."""
-    return build_tree([(weight.path, jnp.zeros(weight.shape, jnp.float32)) for weight in weight_table(g)])
 
 
 def _check_divides(config: Config, mesh: jax.sharding.Mesh) -> None:
@@ -227,6 +159,14 @@ def _check_divides(config: Config, mesh: jax.sharding.Mesh) -> None:
     if part % ways:
         raise UserError(
             f"train.batch_size / train.accumulation = {part} sequences do not divide over data x fsdp = {ways} devices."
+        )
+
+
+def _check_trainable(batch: Batch, step: int) -> None:
+    if "anchors" in batch and step == 1 and (batch["anchors"] < 0).all():
+        raise UserError(
+            "the first batch has no supervised token behind which a block of masks could stand: the documents are "
+            "shorter than three tokens, or none of their tokens is supervised."
         )
 
 

@@ -11,8 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mtp_jax.config import Mesh as MeshConfig
 from mtp_jax.errors import UserError
-from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.weights import Params, Weight, build_tree, weight_table
+from mtp_jax.model.weights import Params, Weight, build_tree
 
 AXES = ("data", "fsdp", "tensor")
 RULES = (
@@ -62,9 +61,9 @@ def weight_sharding(mesh: jax.sharding.Mesh, weight: Weight) -> NamedSharding:
     return sharding_of(mesh, weight.axes, weight.shape)
 
 
-def params_sharding(mesh: jax.sharding.Mesh, g: Geometry) -> Params:
-    """The sharding of every base weight."""
-    return build_tree([(weight.path, weight_sharding(mesh, weight)) for weight in weight_table(g)])
+def table_sharding(mesh: jax.sharding.Mesh, table: tuple[Weight, ...]) -> Params:
+    """The sharding of every weight of a table."""
+    return build_tree([(weight.path, weight_sharding(mesh, weight)) for weight in table])
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

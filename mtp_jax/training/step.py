@@ -26,7 +26,9 @@ class Objective(Protocol):
     def totals(self, batch: Any) -> Any:
         """What the sums of the whole batch are divided by."""
 
-    def loss(self, trained: Any, frozen: Any, part: Any, totals: Any) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        self, trained: Any, frozen: Any, part: Any, totals: Any, step: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], Metrics]:
         """This part's share of the loss and of every metric: shares add up to the batch's values."""
 
 
@@ -40,7 +42,7 @@ def make_train_step(
         gradient = jax.grad(objective.loss, has_aux=True)
 
         def share(part: Any) -> tuple[Any, Metrics]:
-            return gradient(state.trained, frozen, part, totals)
+            return gradient(state.trained, frozen, part, totals, state.step)
 
         if accumulation == 1:
             gradients, metrics = share(batch)

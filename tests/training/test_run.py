@@ -13,7 +13,7 @@ from conftest import listing, read_lines
 
 from mtp_jax.config import validate
 from mtp_jax.errors import UserError
-from mtp_jax.training import run
+from mtp_jax.training import run, tasks
 from mtp_jax.training.checkpoints import Checkpoints
 from mtp_jax.training.step import WEIGHTS_FINITE
 
@@ -103,7 +103,7 @@ def test_weights_that_overflow_are_not_saved(tree, write_config, command, monkey
 
 def test_a_held_out_loss_that_is_not_finite_stops_the_run(tree, write_config, command, monkeypatch):
     figures = {"loss": float("nan"), "accuracy": 0.0, "tokens": 5}
-    monkeypatch.setattr(run, "make_evaluate", lambda *_: lambda *_: figures)
+    monkeypatch.setattr(tasks, "make_evaluate", lambda *_: lambda *_: figures)
     ended = command("train", "--config", write_config(tree))
     assert ended.code == 2 and "held-out loss at step 4 is not finite" in ended.errors[0]
     assert "NaN" not in (Path(tree["output_dir"]) / "metrics.jsonl").read_text()

@@ -1,0 +1,51 @@
+"""What a source lists: examples, each with a name, a place in the split, and content read on demand."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+
+class Text(NamedTuple):
+    """Every token is to be predicted."""
+
+    text: str
+
+
+class Completion(NamedTuple):
+    """The tokens of the completion are to be predicted."""
+
+    prompt: str
+    completion: str
+
+
+class Conversation(NamedTuple):
+    """The tokens of the assistant's turns are to be predicted."""
+
+    messages: list[dict[str, Any]]
+
+
+Content = Text | Completion | Conversation
+
+
+class Example(ABC):
+    """One document of a source: cheap to hold, read each time it is asked for."""
+
+    __slots__ = ()
+
+    name: str  # independent of the machine
+
+    @abstractmethod
+    def content(self) -> Content:
+        """What is trained on; raises UserError where it cannot be read."""
+
+    def text(self) -> str:
+        """All of its text, without any template."""
+        content = self.content()
+        if isinstance(content, Conversation):
+            return "\n".join(str(message.get("content", "")) for message in content.messages)
+        return "".join(content)
+
+    @property
+    def draw(self) -> float:
+        """A number in [0, 1) that depends on the name alone; the smallest ones are held out."""
+        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big") / 2**64

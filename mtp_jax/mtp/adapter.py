@@ -1,0 +1,66 @@
+"""What is trained beside the frozen base: gated LoRA, mask embeddings and sampler head, in two collections."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.weights import Params, Weight, build_tree
+from mtp_jax.mtp.lora import init_lora, lora_table, scaled
+from mtp_jax.mtp.sampler import init_sampler, sampler_table
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """What an adapter consists of. Hashable, so that it can be a static argument."""
+
+    masks: int  # M
+    rank: int  # R
+    alpha: float
+    targets: tuple[str, ...]
+    sampler: str  # "paper", "residual" or "none"
+    gated: bool = True
+
+    @property
+    def scale(self) -> float:
+        """alpha / R."""
+        return self.alpha / self.rank
+
+
+def adapter_table(g: Geometry, shape: AdapterShape) -> tuple[Weight, ...]:
+    """Every trainable array once; `path` starts with its collection, `lora` or `mtp`, and `key` is its stored name."""
+
+    def within(collection: str, weight: Weight) -> Weight:
+        return Weight((collection, *weight.path), weight.shape, weight.axes, weight.key)
+
+    masks = Weight(("masks",), (shape.masks, g.D), (None, None), "mtp.masks")
+    sampler = () if shape.sampler == "none" else sampler_table(g.D)
+    lora = lora_table(g, shape.targets, shape.rank)
+    return tuple([within("lora", w) for w in lora] + [within("mtp", w) for w in (masks, *sampler)])
+
+
+def init_adapter(g: Geometry, shape: AdapterShape, embedding: jax.Array, key: PRNGKeyArray) -> Params:
+    """Fresh collections `lora` and `mtp`, float32.
+
+    Mask embeddings are normal with the mean and deviation of the base's embedding table; they are never rows of it.
+    """
+    lora_key, mask_key, sampler_key = jax.random.split(key, 3)
+    table = embedding.astype(jnp.float32)
+    masks = table.mean() + table.std() * jax.random.normal(mask_key, (shape.masks, g.D))
+    mtp: dict[str, Any] = {"masks": masks}
+    if shape.sampler != "none":
+        mtp["sampler"] = init_sampler(g.D, shape.sampler, jnp.sqrt(jnp.mean(table * table)), sampler_key)
+    return {"lora": init_lora(g, shape.targets, shape.rank, lora_key), "mtp": mtp}
+
+
+def abstract_adapter(g: Geometry, shape: AdapterShape) -> Params:
+    """Shapes of all trainable arrays."""
+    return build_tree([(w.path, jax.ShapeDtypeStruct(w.shape, jnp.float32)) for w in adapter_table(g, shape)])
+
+
+def with_adapter(params: Params, adapter: Params, shape: AdapterShape) -> Params:
+    """The variables that the decoder is applied to: the base, and the LoRA at its scale."""
+    return {"params": params, "lora": scaled(adapter["lora"], shape.scale)}

@@ -1,0 +1,88 @@
+"""Blocks of masks behind anchors, and what each mask row is to predict (method.md, sections 1 and 4)."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mtp_jax.model.attention import Blocks
+
+
+def hash_positions(seed: int, epoch: int, example: int, positions: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of every position of an example: a pure function of its arguments.
+
+    Anchors are chosen by it, so that they depend on neither packing nor devices. Mixing as in splitmix64.
+    """
+    mixed = np.uint64(seed)
+    with np.errstate(over="ignore"):
+        for value in (np.uint64(epoch), np.uint64(example), positions.astype(np.uint64)):
+            mixed = (mixed ^ value) + np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            mixed = mixed ^ (mixed >> np.uint64(31))
+    return mixed
+
+
+def choose_anchors(hashes: np.ndarray, supervised: np.ndarray, segments: np.ndarray, count: int | None) -> np.ndarray:
+    """Anchors of a sequence in ascending order, -1 where there are fewer than asked for.
+
+    A block may stand behind every row whose output is supervised (so behind the last prompt token and none before it)
+    and whose next row is in the same document, for without one no mask has a target.
+
+    Args:
+        hashes: [T] uint64, see `hash_positions`.
+        supervised: [T] bool, whether the row's next token is supervised.
+        segments: [T] int32, document of each row.
+        count: G anchors, those of the smallest hashes; None for a block behind every row that may have one, G = T.
+    Returns:
+        [G] int32 row numbers.
+    """
+    fits = supervised & np.append(segments[1:] == segments[:-1], False) & (segments != 0)
+    rows = np.flatnonzero(fits)
+    G = len(segments) if count is None else count
+    if len(rows) > G:
+        rows = np.sort(rows[np.argsort(hashes[rows], kind="stable")[:G]])
+    return np.pad(rows, (0, G - len(rows)), constant_values=-1).astype(np.int32)
+
+
+class Targets(NamedTuple):
+    """What every mask row m_j behind anchor i is trained on; [B, G, M] each."""
+
+    row: Int[Array, "B G M"]  # the real row i+j of equal position, which predicts the same token
+    exists: Bool[Array, "B G M"]  # whether that row is in the same document
+    label: Int[Array, "B G M"]  # x_{i+j+1}
+    labelled: Bool[Array, "B G M"]  # whether that label exists and is supervised
+    previous: Int[Array, "B G M"]  # x_{i+j}, which the sampler is teacher-forced with
+    share: Float[Array, "B G M"]  # 1/|S(t)|, S(t) being the mask rows of position t; 0 where the row does not exist
+
+
+def blocks_of(anchors: Int[Array, "B G"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Blocks:
+    """The blocks of a batch for the decoder; an anchor of -1 gives a block that sees itself alone."""
+    at = jnp.maximum(anchors, 0)
+    segment = jnp.where(anchors >= 0, jnp.take_along_axis(segments, at, axis=1), 0)
+    return Blocks(at, jnp.take_along_axis(positions, at, axis=1), segment)
+
+
+def targets_of(
+    blocks: Blocks,
+    M: int,
+    tokens: Int[Array, "B T"],
+    labels: Int[Array, "B T"],
+    supervised: Bool[Array, "B T"],
+    segments: Int[Array, "B T"],
+) -> Targets:
+    """Targets of all mask rows of a batch."""
+    B, T = tokens.shape
+    assert blocks.segments is not None
+    row = blocks.anchors[..., None] + 1 + jnp.arange(M)
+    inside, row = row < T, jnp.minimum(row, T - 1)
+    flat = row.reshape(B, -1)
+
+    def at(values: Array) -> Array:
+        return jnp.take_along_axis(values, flat, axis=1).reshape(row.shape)
+
+    exists = inside & (at(segments) == blocks.segments[..., None]) & (blocks.segments[..., None] != 0)
+    together = jnp.zeros((B, T)).at[jnp.arange(B)[:, None], flat].add(exists.reshape(B, -1))
+    share = jnp.where(exists, 1 / jnp.maximum(at(together), 1), 0.0)
+    return Targets(row, exists, at(labels), exists & at(supervised), at(tokens), share)

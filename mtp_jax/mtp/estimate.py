@@ -1,0 +1,107 @@
+"""Tokens per step without decoding: walk the base model's own continuations as the decoder would."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from mtp_jax.model.attention import Blocks, Keys
+from mtp_jax.model.decoder import Decoder
+from mtp_jax.model.weights import Params
+from mtp_jax.mtp.adapter import AdapterShape, with_adapter
+from mtp_jax.mtp.sampler import sample_latent
+
+
+class Continuations(NamedTuple):
+    """Prompts with the base model's greedy continuations, right-padded."""
+
+    tokens: Int[Array, "B S"]
+    prompt_length: Int[Array, " B"]
+    length: Int[Array, " B"]  # prompt and continuation
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Accepted prefix of the sampler chain, fed its own drafts, at every position of fixed continuations."""
+
+    model: Decoder
+    shape: AdapterShape
+    attention_chunk: int
+    draft_chunk: int = 512  # blocks, over the batch, whose draft logits exist at a time
+
+    def accepted(self, trained: Params, frozen: Params, of: Continuations) -> Int[Array, "B S"]:
+        """For a block behind each row: how many of its M drafts, from the first on, are what the base goes on with.
+
+        Rows before the last prompt token and after the second last token of a continuation are 0.
+        """
+        B, S = of.tokens.shape
+        M = self.shape.masks
+        positions = jnp.broadcast_to(jnp.arange(S), (B, S))
+        segments = (positions < of.length[:, None]).astype(jnp.int32)
+        variables = with_adapter(frozen["params"], trained, self.shape)
+        adapted = not self.shape.gated
+        _, kept = self.model.apply(variables, of.tokens, positions, segments, adapted=adapted, keep=True)
+        blocks = Blocks(positions, positions, segments)
+        masks = trained["mtp"]["masks"]
+        z = self.model.apply(
+            variables, masks, blocks, Keys(positions, segments), kept, self.attention_chunk, method="masks"
+        )
+        # The token after row i is known; draft j is to be token i+1+j.
+        ahead = jnp.minimum(positions[..., None] + 1 + jnp.arange(M + 1), S - 1)
+        following = jnp.take_along_axis(of.tokens, ahead.reshape(B, -1), axis=1).reshape(B, S, M + 1)
+        exists = positions[..., None] + 1 + jnp.arange(M + 1) < of.length[:, None, None]
+
+        def chain(rows: tuple[Array, Array, Array]) -> Array:
+            z, following, exists = rows  # [M, D], [M+1], [M+1]
+            sampler = trained["mtp"].get("sampler")
+            previous, drafts = following[0], []
+            for j in range(M):
+                latent = z[j]
+                if sampler is not None:
+                    embedding = self.model.apply(variables, previous, method="embeddings")
+                    latent = sample_latent(sampler, self.shape.sampler, embedding, latent)
+                previous = jnp.argmax(self.model.apply(variables, latent, method="logits"))
+                drafts.append(previous)
+            right = (jnp.stack(drafts) == following[1:]) & exists[1:]
+            return jnp.sum(jnp.cumprod(right))
+
+        flat = jax.tree.map(lambda x: x.reshape(B * S, *x.shape[2:]), (z, following, exists))
+        accepted = jax.lax.map(chain, flat, batch_size=min(self.draft_chunk, B * S)).reshape(B, S)
+        valid = (positions >= of.prompt_length[:, None] - 1) & (positions < of.length[:, None] - 1)
+        return jnp.where(valid, accepted, 0)
+
+
+def walk(accepted: np.ndarray, prompt_length: int, length: int, masks: int) -> tuple[int, int]:
+    """Walk one continuation as quadratic decoding with `masks` masks does.
+
+    Returns:
+        new tokens after the one that prefill gives, and decoding steps.
+    """
+    row, steps = prompt_length - 1, 0
+    while row < length - 2:  # the token after `row` is emitted; anything beyond it takes another step
+        row += 1 + min(int(accepted[row]), masks)
+        steps += 1
+    return max(length - prompt_length - 1, 0), steps
+
+
+def tokens_per_step(accepted: np.ndarray, of: Continuations, masks: int) -> float:
+    """Mean tokens per decoding step over all continuations, in [1, masks + 1]."""
+    walks = [
+        walk(row, int(start), int(end), masks)
+        for row, start, end in zip(accepted, of.prompt_length, of.length, strict=True)
+    ]
+    return sum(tokens for tokens, _ in walks) / max(sum(steps for _, steps in walks), 1)
+
+
+def usable(masks: int) -> list[int]:
+    """The numbers of masks that estimates are shown for: 1, 2, 4, ... up to all."""
+    return sorted({min(2**i, masks) for i in range(masks.bit_length() + 1)})
+
+
+def table(accepted: Any, of: Continuations, masks: int) -> dict[str, float]:
+    """Estimated tokens per step for 1, 2, 4, ... masks."""
+    accepted, of = np.asarray(accepted), Continuations(*map(np.asarray, of))
+    return {str(m): tokens_per_step(accepted, of, m) for m in usable(masks)}

@@ -1,0 +1,66 @@
+"""The sampler head: corrects a mask row's latent for the token chosen just before (method.md, section 3)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from mtp_jax.model.weights import Params, Weight
+
+_EPSILON = 1e-5
+
+
+def sampler_table(D: int) -> tuple[Weight, ...]:
+    """MLP = (Linear -> SiLU -> LayerNorm) x 2, of sizes 2D -> D -> D [paper, section 3]."""
+    table = []
+    for i, width in enumerate((2 * D, D)):
+        for layer, name, shape in (
+            ("linear", "kernel", (width, D)),
+            ("linear", "bias", (D,)),
+            ("norm", "scale", (D,)),
+            ("norm", "bias", (D,)),
+        ):
+            path = ("sampler", f"{layer}_{i}", name)
+            axes = ("embed",) + (None,) * (len(shape) - 1) if name == "kernel" else (None,)
+            table.append(Weight(path, shape, axes, "mtp." + ".".join(path)))
+    return tuple(table)
+
+
+def init_sampler(D: int, form: str, embedding_rms: Array, key: PRNGKeyArray) -> Params:
+    """Fresh weights. The rows that read the embedding are larger by as much as embeddings are smaller than latents.
+
+    In the residual form the last norm's scale is zero, so that the head starts as the base head.
+    """
+    first, second = jax.random.split(key)
+    read = jnp.where(jnp.arange(2 * D) < D, 1 / embedding_rms, 1.0)[:, None]
+    zeros, ones = jnp.zeros(D), jnp.ones(D)
+    return {
+        "linear_0": {"kernel": jax.random.normal(first, (2 * D, D)) * (2 * D) ** -0.5 * read, "bias": zeros},
+        "norm_0": {"scale": ones, "bias": zeros},
+        "linear_1": {"kernel": jax.random.normal(second, (D, D)) * D**-0.5, "bias": zeros},
+        "norm_1": {"scale": zeros if form == "residual" else ones, "bias": zeros},
+    }
+
+
+def sample_latent(
+    sampler: Params, form: str, previous: Float[Array, "... D"], z: Float[Array, "... D"]
+) -> Float[Array, "... D"]:
+    """The latent whose unembedding predicts the next token, from z and the embedding of the token chosen before it.
+
+    Args:
+        sampler: weights of `sampler_table`.
+        form: "paper", MLP([E[prev]; z]), or "residual", z + MLP([E[prev]; z]).
+    """
+    h = jnp.concatenate([previous.astype(z.dtype), z], axis=-1)
+    for i in range(2):
+        linear, norm = sampler[f"linear_{i}"], sampler[f"norm_{i}"]
+        h = h @ linear["kernel"].astype(h.dtype) + linear["bias"].astype(h.dtype)
+        h = _layer_norm(nn.silu(h), norm)
+    return z + h if form == "residual" else h
+
+
+def _layer_norm(x: Float[Array, "... D"], norm: Params) -> Float[Array, "... D"]:
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + _EPSILON)
+    return (wide * norm["scale"] + norm["bias"]).astype(x.dtype)

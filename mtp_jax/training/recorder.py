@@ -1,0 +1,101 @@
+"""Turns what each step computed into lines of the records and of the progress bar."""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.config import Config
+from mtp_jax.data.examples import Example
+from mtp_jax.data.pipeline import Batch
+from mtp_jax.errors import UserError
+from mtp_jax.training.journal import Journal, Trackers
+from mtp_jax.training.progress import ProgressBar
+from mtp_jax.training.step import WEIGHTS_FINITE
+from mtp_jax.training.tasks import plain
+
+_WHEN_NOT_FINITE = (
+    "Nothing of this step was saved: lower train.learning_rate or mend the data, and start again in a new output_dir "
+    "(other settings) or in this one (mended data), which resumes from the last checkpoint."
+)
+
+
+class Recorder:
+    """Writes each step's numbers one step late, so that the devices never wait for the host to read them."""
+
+    def __init__(
+        self,
+        config: Config,
+        metrics: Journal,
+        timing: Journal,
+        trackers: Trackers,
+        progress: ProgressBar,
+        documents: list[Example],
+    ):
+        self.config, self.metrics, self.timing = config, metrics, timing
+        self.trackers, self.progress, self.documents = trackers, progress, documents
+        self.pending: tuple[int, Any, Batch, float] | None = None
+        self.clock = time.perf_counter()
+
+    def step(self, step: int, values: Any, batch: Batch, waited: float) -> None:
+        """Take a step's numbers, still being computed, and write those of the step before."""
+        self.finish()
+        self.pending = (step, values, batch, waited)
+
+    def finish(self) -> None:
+        """Read and write the pending step; raises UserError where its loss is not finite."""
+        if self.pending is None:
+            return
+        step, values, batch, waited = self.pending
+        self.pending = None
+        values = {name: plain(value) for name, value in values.items()}
+        weights_finite = values.pop(WEIGHTS_FINITE) == 1
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]) and weights_finite):
+            raise UserError(self._not_finite(step, values, weights_finite, batch))
+        seconds = time.perf_counter() - self.clock
+        self.clock = time.perf_counter()
+        self.progress.update(step, values["loss"])
+        if step % self.config.logging.every == 0 or step == self.config.train.steps:
+            self.line(step, values)
+            rows = batch["tokens"].size
+            self.timing.write(
+                {
+                    "step": step,
+                    "seconds": round(seconds, 6),
+                    "rows_per_second": round(rows / seconds, 1),
+                    "tokens_per_second": round(int((batch["segments"] != 0).sum()) / seconds, 1),
+                    "input_wait_seconds": round(waited, 6),
+                }
+            )
+
+    def line(self, step: int, values: dict[str, Any]) -> None:
+        """Write one line to all records; raises UserError where a held-out loss is not finite."""
+        if not math.isfinite(values.get("held_out_loss", 0.0)):
+            raise UserError(f"the held-out loss at step {step} is not finite; {_WHEN_NOT_FINITE}")
+        record = {"step": step, **values}
+        self.metrics.write(record)
+        self.trackers.write(record)
+        if "held_out_loss" in values:
+            self.progress.say(f"step {step}  {_summary(values)}")
+
+    def _not_finite(self, step: int, values: dict[str, float], weights_finite: bool, batch: Batch) -> str:
+        names = [self.documents[i].name for i in np.unique(batch["documents"][batch["segments"] != 0])]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return (
+            f"step {step} is not finite (loss {values['loss']}, gradient norm {values['gradient_norm']}, weights after "
+            f"it {'finite' if weights_finite else 'not finite'}); batch {step} holds {shown}. {_WHEN_NOT_FINITE}"
+        )
+
+
+def _summary(values: dict[str, Any]) -> str:
+    """The held-out figures a person watches."""
+    parts = [f"held-out loss {values['held_out_loss']:.4f}"]
+    if "held_out_accuracy" in values:
+        parts.append(f"accuracy {values['held_out_accuracy']:.4f}")
+    if "held_out_agreement" in values:
+        parts.append("agreement " + " ".join(f"{a:.2f}" for a in values["held_out_agreement"]))
+    if "held_out_tokens_per_step" in values:
+        estimate = values["held_out_tokens_per_step"]
+        parts.append("tokens per step " + ", ".join(f"{v:.2f} with {m}" for m, v in estimate.items()))
+    return "  ".join(parts)

@@ -1,0 +1,248 @@
+"""What each objective brings to a run: what is trained, what is frozen, how it is judged, what it writes."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.config import Config
+from mtp_jax.data.encoding import Encoder
+from mtp_jax.data.examples import Example
+from mtp_jax.data.pipeline import Anchors, Batch
+from mtp_jax.decoding.loop import Limits, decode
+from mtp_jax.errors import UserError
+from mtp_jax.model.folder import find_folder, read_geometry, read_json, stop_ids
+from mtp_jax.model.folder_writer import parameter_count, write_folder
+from mtp_jax.model.weights import Params, Weight, build_tree, weight_table
+from mtp_jax.mtp.adapter import AdapterShape, adapter_table, init_adapter
+from mtp_jax.mtp.adapter_folder import find_adapter, fingerprint, load_adapter, write_adapter
+from mtp_jax.mtp.estimate import Continuations, Estimator, table
+from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
+from mtp_jax.training.base import Base, load_base, make_decoder
+from mtp_jax.training.evaluation import make_evaluate
+from mtp_jax.training.next_token import NextToken
+from mtp_jax.training.sharding import table_sharding
+from mtp_jax.training.step import Objective
+
+_DEFAULT_ANCHORS = 64
+# Attention scores of mask rows that may exist at a time, over the batch, in bytes.
+_SCORE_BYTES = 256 << 20
+
+
+class Task(Protocol):
+    """An objective with everything a run needs around it."""
+
+    objective: Objective
+    table: tuple[Weight, ...]  # every trained array: gradient, optimizer state and checkpoint exist for these alone
+    frozen: Params | None
+    anchors: Anchors | None
+
+    def start(self) -> Params:
+        """Fresh values of what is trained."""
+
+    def evaluate(self, trained: Params, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Held-out figures."""
+
+    def write(self, run_dir: Path, trained: Params, figures: dict[str, Any]) -> Path:
+        """Write the result; returns its folder."""
+
+
+def make_task(config: Config, base: Base, mesh: jax.sharding.Mesh, place: Callable[[Batch], Any]) -> Task:
+    """The task of a config's objective."""
+    return (NextTokenTask if config.objective == "next_token" else MultiTokenTask)(config, base, mesh, place)
+
+
+class NextTokenTask:
+    """Trains all base weights, in float32, and writes a Hugging Face folder."""
+
+    frozen = None
+    anchors = None
+
+    def __init__(self, config: Config, base: Base, mesh: jax.sharding.Mesh, place: Callable[[Batch], Any]):
+        self.config, self.base, self.mesh = config, base, mesh
+        self.objective = NextToken(make_decoder(base, config), config.train.loss_chunk)
+        self.table = weight_table(base.g)
+        self.held_out = make_evaluate(self.objective, place)
+
+    def start(self) -> Params:
+        """The base's weights, or new ones."""
+        return load_base(self.base, self.mesh, self.config.seed, jnp.float32)
+
+    def evaluate(self, trained: Params, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Loss and next-token accuracy."""
+        return self.held_out(trained, batches)
+
+    def write(self, run_dir: Path, trained: Params, figures: dict[str, Any]) -> Path:
+        """`model/`, an ordinary Hugging Face folder."""
+        del figures
+        out, dtype = run_dir / "model", jnp.dtype(self.config.model.save_dtype)
+        generation = None
+        if self.base.folder is not None and (self.base.folder / "generation_config.json").is_file():
+            generation = read_json(self.base.folder / "generation_config.json")
+        base = self.base
+        write_folder(out, trained, base.g, base.config, base.tokenizer, dtype, generation=generation)
+        return out
+
+
+class MultiTokenTask:
+    """Trains gated LoRA, masks and sampler beside the frozen base, and writes an adapter folder."""
+
+    def __init__(self, config: Config, base: Base, mesh: jax.sharding.Mesh, place: Callable[[Batch], Any]):
+        assert config.lora is not None and config.mtp is not None and base.folder is not None
+        self.config, self.base, self.mesh, self.place = config, base, mesh, place
+        self.shape = adapter_shape(config)
+        self.table = adapter_table(base.g, self.shape)
+        count = _DEFAULT_ANCHORS if config.train.anchors is None else config.train.anchors
+        T = config.train.sequence_length
+        self.anchors = Anchors(None if count == "all" else min(count, T), config.seed)  # type: ignore[type-var]
+        model, m = make_decoder(base, config), config.mtp
+        rows = config.train.batch_size // config.train.accumulation
+        per_block = 4 * rows * base.g.N * self.shape.masks * T
+        terms = LossTerms(
+            target=m.target,
+            base_weight=m.weights.base,
+            sampler_weight=m.weights.sampler,
+            lcm_weight=m.weights.lcm,
+            sampler_on_real=m.sampler_on_real,
+            offset_weights=m.offset_weights,
+            decay=m.decay,
+            kl_warmup_steps=m.kl_warmup_steps,
+        )
+        chunk = max(1, _SCORE_BYTES // per_block)
+        self.objective = MultiTokenLoss(model, self.shape, terms, config.train.loss_chunk, chunk)
+        # Frozen weights are kept as they are computed with: nothing is added to them that would need more.
+        self.frozen = {"params": load_base(base, mesh, config.seed, jnp.dtype(config.model.compute_dtype))}
+        self.sums = jax.jit(self._sums)
+        estimator = Estimator(model, self.shape, chunk)
+        self.accepted = jax.jit(estimator.accepted)
+        self.continuations: Continuations | None = None
+
+    def start(self) -> Params:
+        """A fresh adapter, or the one of `model.adapter`."""
+        placed = table_sharding(self.mesh, self.table)
+        if self.config.model.adapter is not None:
+            _, adapter = load_adapter(find_adapter(self.config.model.adapter), self.base.g, self.base.folder)
+            adapter["mtp"]["masks"] = adapter["mtp"]["masks"][: self.shape.masks]
+            return jax.device_put(adapter, placed)
+        draw = jax.jit(lambda table, key: init_adapter(self.base.g, self.shape, table, key), out_shardings=placed)
+        return draw(self.frozen["params"]["embed"]["embedding"], jax.random.key(self.config.seed))
+
+    def _sums(self, trained: Params, frozen: Params, batch: Any) -> tuple[Any, Any]:
+        step = jnp.int32(self.config.train.steps)  # past any warm-up
+        return self.objective.sums(trained, frozen, batch, step), self.objective.totals(batch)
+
+    def evaluate(self, trained: Params, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Every loss term, teacher-forced agreement by offset, and estimated tokens per step by number of masks."""
+        total = None
+        for batch in batches:
+            part = jax.device_get(self.sums(trained, self.frozen, self.place(batch)))
+            part = jax.tree.map(lambda x: np.asarray(x, np.float64), part)
+            total = part if total is None else jax.tree.map(np.add, total, part)
+        assert total is not None
+        figures = {name: plain(value) for name, value in self.objective.values(*total)[1].items()}
+        if self.continuations is not None:
+            accepted = jax.device_get(self.accepted(trained, self.frozen, self.continuations))
+            figures["tokens_per_step"] = table(accepted, self.continuations, self.shape.masks)
+        return figures
+
+    def choose_prompts(self, documents: list[Example]) -> None:
+        """Fix the held-out prompts that tokens per step are estimated on, continued greedily by the base model."""
+        e = self.config.evaluation
+        limit = min(e.prompt_tokens + e.new_tokens, self.base.g.max_positions)
+        length = max(1, min(e.prompt_tokens, limit - 2))
+        prompts = held_out_prompts(documents, self.base.tokenizer, e.prompts, length)
+        if not prompts:
+            return
+        lengths = jnp.full(len(prompts), length, jnp.int32)
+        assert self.base.folder is not None
+        stops = jnp.asarray(stop_ids(self.base.folder), jnp.int32)
+        model = self.objective.model
+
+        @jax.jit
+        def run(variables: Any, prompts: Any) -> Any:
+            limits = Limits(lengths + limit - length, stops)
+            state = decode(model, variables, prompts, lengths, limits, limit, model.dtype)
+            return state.tokens, state.length
+
+        tokens, ends = run(self.frozen, jnp.asarray(prompts, jnp.int32))
+        self.continuations = Continuations(tokens, lengths, ends)
+
+    def write(self, run_dir: Path, trained: Params, figures: dict[str, Any]) -> Path:
+        """`adapter/`, which every command accepts as an adapter."""
+        out = run_dir / "adapter"
+        assert self.base.folder is not None and self.config.model.path is not None
+        base = {"name": self.config.model.path, "fingerprint": fingerprint(self.base.folder)}
+        train = self.config.train
+        summary = {
+            "steps": train.steps,
+            "batch_size": train.batch_size,
+            "sequence_length": train.sequence_length,
+            "target": self.config.mtp.target,  # type: ignore[union-attr]
+            "trained_parameters": parameter_count(trained),
+            "base_parameters": parameter_count(self.frozen),
+            "held_out": figures,
+        }
+        write_adapter(out, self.base.g, self.shape, trained, base, summary, jnp.dtype(self.config.model.save_dtype))
+        return out
+
+
+def adapter_shape(config: Config) -> AdapterShape:
+    """What a config's adapter consists of."""
+    assert config.lora is not None and config.mtp is not None
+    lora = config.lora
+    alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
+    return AdapterShape(config.mtp.masks, lora.rank, alpha, tuple(lora.targets), config.mtp.sampler, lora.gated)
+
+
+def check_adapter(config: Config) -> None:
+    """Read the adapter that a run starts from and write nothing.
+
+    Raises:
+        UserError: no adapter there, one of another base, or one that the config's settings do not continue.
+    """
+    if config.model.adapter is None:
+        return
+    assert config.model.path is not None
+    folder = find_folder(config.model.path)
+    found, _ = load_adapter(find_adapter(config.model.adapter), read_geometry(folder), folder)
+    wanted = adapter_shape(config)
+    faults = []
+    if wanted.masks > found.masks:
+        faults.append(f"mtp.masks={wanted.masks} is more than the {found.masks} that model.adapter has.")
+    for name in ("rank", "alpha", "targets", "sampler", "gated"):
+        here, there = getattr(wanted, name), getattr(found, name)
+        if here != there and not (name == "targets" and set(here) == set(there)):
+            key = f"{'mtp' if name == 'sampler' else 'lora'}.{name}"
+            faults.append(f"{key}={here!r} differs from {there!r}, which model.adapter was trained with.")
+    if faults:
+        raise UserError(*faults)
+
+
+def held_out_prompts(documents: list[Example], tokenizer: Any, count: int, length: int) -> list[list[int]]:
+    """`count` prompts of `length` tokens from held-out documents, one each.
+
+    Each ends before a token that is to be predicted; a hash of the document's name says which.
+    """
+    encode, prompts = Encoder(tokenizer), []
+    for document in sorted(documents, key=lambda document: document.draw):
+        tokens, supervised, _ = encode(document)
+        ends = length + np.flatnonzero(supervised[length:])
+        if len(ends) > length:
+            end = ends[int(document.draw * 1e9) % len(ends)]
+            prompts.append(tokens[end - length : end].tolist())
+        if len(prompts) == count:
+            break
+    return prompts
+
+
+def plain(value: Any) -> Any:
+    """A number, or a list of numbers, for a line of JSON."""
+    return np.asarray(value).tolist()
+
+
+def shapes_of(table: tuple[Weight, ...]) -> Params:
+    """Shapes of a table's float32 arrays."""
+    return build_tree([(weight.path, jax.ShapeDtypeStruct(weight.shape, jnp.float32)) for weight in table])

@@ -1,0 +1,131 @@
+"""Adapter folders come back bit for bit, and only to the base they belong to."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mtp_jax.errors import UserError
+from mtp_jax.model.folder import stored_tensors
+from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.weights import init_params
+from mtp_jax.mtp.adapter import AdapterShape, adapter_table, init_adapter
+from mtp_jax.mtp.adapter_folder import CONFIG, TENSORS, find_adapter, fingerprint, load_adapter, write_adapter
+
+CONFIG_JSON = {
+    "model_type": "llama",
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
+G = Geometry.from_config(CONFIG_JSON)
+SHAPE = AdapterShape(masks=3, rank=2, alpha=4.0, targets=("q", "down"), sampler="paper")
+
+
+def write_base(folder, seed):
+    from mtp_jax.model.folder_writer import stored_form
+
+    folder.mkdir()
+    params = init_params(G, jax.random.key(seed))
+    save_file(dict(stored_form(params, G, np.float32)), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG_JSON))
+    return folder, params
+
+
+@pytest.fixture
+def written(tmp_path):
+    base, params = write_base(tmp_path / "base", 0)
+    adapter = init_adapter(G, SHAPE, params["embed"]["embedding"], jax.random.key(1))
+    out = tmp_path / "adapter"
+    write_adapter(out, G, SHAPE, adapter, {"name": "my-base", "fingerprint": fingerprint(base)}, {"steps": 3})
+    return base, out, adapter
+
+
+def test_round_trip_is_bit_exact(written):
+    base, out, adapter = written
+    shape, loaded = load_adapter(out, G, base)
+    assert shape == SHAPE
+    for a, b in zip(jax.tree.leaves(adapter), jax.tree.leaves(loaded), strict=True):
+        assert np.array_equal(a, b)
+    assert sorted(path.name for path in out.iterdir()) == sorted([CONFIG, TENSORS])
+    assert set(load_file(out / TENSORS)) == {weight.key for weight in adapter_table(G, SHAPE)}
+
+
+def test_only_lora_and_mtp_are_in_it(written):
+    names = set(load_file(written[1] / TENSORS))
+    assert all(name.startswith(("lora.layers.q.", "lora.layers.down.", "mtp.")) for name in names)
+
+
+def test_another_base_is_refused_by_name(written, tmp_path):
+    other, _ = write_base(tmp_path / "other", 5)
+    with pytest.raises(UserError, match=r"my-base .* but the base model is other"):
+        load_adapter(written[1], G, other)
+
+
+def test_fingerprint_ignores_files_and_sees_values(written, tmp_path):
+    base = written[0]
+    tensors = load_file(base / "model.safetensors")
+    split = tmp_path / "split"
+    split.mkdir()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[:3], "b.safetensors": names[3:]}
+    for file, keys in parts.items():
+        save_file({key: tensors[key] for key in keys}, split / file)
+    index = {"weight_map": {key: file for file, keys in parts.items() for key in keys}}
+    (split / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert fingerprint(split) == fingerprint(base)
+    changed = {key: tensor.copy() for key, tensor in tensors.items()}
+    changed["model.norm.weight"][-1] += 1
+    save_file(changed, base / "model.safetensors")
+    assert fingerprint(split) != fingerprint(base) and len(stored_tensors(base)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("mtp.masks"), "mtp.masks is missing"),
+        (
+            lambda t: t.update({"mtp.masks": np.zeros((3, 15), np.float32)}),
+            r"mtp.masks is \(3, 15\), should be \(3, 16\)",
+        ),
+        (lambda t: t.update({"extra": np.zeros(1, np.float32)}), "extra is not expected"),
+    ],
+)
+def test_wrong_tensors_are_named(written, change, message):
+    base, out, _ = written
+    tensors = load_file(out / TENSORS)
+    change(tensors)
+    save_file(tensors, out / TENSORS)
+    with pytest.raises(UserError, match=message):
+        load_adapter(out, G, base)
+
+
+def test_damage_is_one_clear_error(written):
+    base, out, _ = written
+    data = (out / TENSORS).read_bytes()
+    (out / TENSORS).write_bytes(data[:-10])
+    with pytest.raises(UserError, match="damaged or truncated"):
+        load_adapter(out, G, base)
+    (out / CONFIG).write_text("{}")
+    with pytest.raises(UserError, match="format None is not 1"):
+        load_adapter(out, G, base)
+    (out / CONFIG).unlink()
+    with pytest.raises(UserError, match=r"mtp_config\.json is missing"):
+        find_adapter(str(out))
+
+
+def test_a_crash_leaves_no_folder(written, monkeypatch, tmp_path):
+    from mtp_jax.mtp import adapter_folder
+
+    def fail(*_, **__):
+        raise OSError("crash")
+
+    monkeypatch.setattr(adapter_folder, "save_file", fail)
+    with pytest.raises(OSError, match="crash"):
+        write_adapter(tmp_path / "new", G, SHAPE, written[2], {}, {})
+    assert not (tmp_path / "new").exists()

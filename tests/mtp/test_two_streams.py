@@ -1,0 +1,126 @@
+"""The two-stream forward computes the literal packed formulation: latents, every loss term, every gradient."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from tiny import SHAPE, T, geometry, make_batch, noisy, run
+
+from mtp_jax.model.decoder import Decoder
+from mtp_jax.model.weights import init_params
+from mtp_jax.mtp.adapter import init_adapter
+from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
+
+PAPER = LossTerms(target="data", sampler_on_real=True)
+
+
+def near(ours, theirs, bound):
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert np.linalg.norm(ours - theirs) <= bound * max(np.linalg.norm(theirs), 1e-6)
+
+
+WHOLE, PIECES = (1024, 1024), (7, 3)  # rows in a loss chunk, blocks in an attention chunk
+CASES = {
+    "all anchors": ({}, SHAPE, PAPER, {}),
+    "sampled anchors": ({"anchors": 4}, SHAPE, PAPER, {}),
+    "padded anchors": ({"anchors": 5, "documents": ((4, 3), (12,))}, SHAPE, PAPER, {}),
+    "packed documents": ({"documents": ((5, 7), (3, 4, 5))}, SHAPE, PAPER, {}),
+    "prompt without blocks": ({"documents": ((5, 7), (12,)), "prompt": 3}, SHAPE, PAPER, {}),
+    "ungated": ({"anchors": 6}, dataclasses.replace(SHAPE, gated=False), PAPER, {}),
+    "paper sampler": ({"anchors": 4}, dataclasses.replace(SHAPE, sampler="paper"), PAPER, {}),
+    "no sampler": ({"anchors": 4}, dataclasses.replace(SHAPE, sampler="none"), LossTerms(target="data"), {}),
+    "few targets": ({"anchors": 4}, dataclasses.replace(SHAPE, targets=("q", "v")), PAPER, {}),
+    "hard base targets": ({"anchors": 6}, SHAPE, LossTerms(target="base_hard"), {}),
+    "soft base targets": ({"documents": ((5, 7), (12,))}, SHAPE, LossTerms(target="base_soft"), {}),
+    "total variation": ({"anchors": 6}, SHAPE, LossTerms(target="total_variation"), {}),
+    "ungated soft": ({"anchors": 6}, dataclasses.replace(SHAPE, gated=False), LossTerms(target="base_soft"), {}),
+    "decaying weights": ({"anchors": 6}, SHAPE, LossTerms(target="data", offset_weights="decay", decay=0.7), {}),
+    "weights by expected length": ({"anchors": 6}, SHAPE, LossTerms(offset_weights="expected_length"), {}),
+    "weights of terms": ({"anchors": 6}, SHAPE, LossTerms("data", 0.5, 2.0, 3.0), {}),
+    "sliding windows": (
+        {"documents": ((12,), (5, 7))},
+        SHAPE,
+        PAPER,
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "tied": ({"anchors": 4}, SHAPE, PAPER, {"tie_word_embeddings": True}),
+    "biases": ({"anchors": 4}, SHAPE, PAPER, {"model_type": "qwen2"}),
+}
+
+
+# Chunked where the shape of a case makes a difference to it.
+CHUNKED = ("all anchors", "padded anchors", "ungated", "sliding windows", "total variation")
+RUNS = [(case, WHOLE) for case in CASES] + [(case, PIECES) for case in CHUNKED]
+
+
+@pytest.mark.parametrize(("case", "chunks"), RUNS)
+def test_equals_literal_packing(case, chunks):
+    batch_spec, shape, terms, changes = CASES[case]
+    g, batch = geometry(**changes), make_batch(**batch_spec)
+    with jax.default_matmul_precision("highest"):
+        params = noisy(init_params(g, jax.random.key(0)), jax.random.key(3), 0.1)
+        adapter = init_adapter(g, shape, params["embed"]["embedding"], jax.random.key(1))
+        adapter = noisy(adapter, jax.random.key(2), 0.2)
+        ours = MultiTokenLoss(Decoder(g, remat="full" if chunks == PIECES else "none"), shape, terms, *chunks)
+        totals = ours.totals(batch)
+        frozen = {"params": params}
+
+        def compute(adapter):
+            share = lambda a: ours.loss(a, frozen, batch, totals, jnp.int32(0))  # noqa: E731
+            return jax.value_and_grad(share, has_aux=True)(adapter), ours.latents(adapter, frozen, batch)
+
+        ((total, values), gradient), (z_real, z) = run(compute, adapter)
+        literal = jax.value_and_grad(oracle.losses, has_aux=True)
+        (their_total, (their_values, latents)), their_gradient = run(
+            lambda a: literal(a, params, g, shape, terms, batch), adapter
+        )
+    for b, theirs in enumerate(latents):
+        text = batch["segments"][b] > 0  # what padding computes means nothing
+        near(z_real[b][text], theirs[:T][text], 1e-5)
+        kept = np.asarray(z[b])[batch["anchors"][b] >= 0].reshape(-1, g.D)
+        near(kept, theirs[T:], 1e-5)
+    near(total, their_total, 1e-5)
+    for name, value in their_values.items():
+        if name in values:
+            near(values[name], value, 1e-5)
+        else:
+            assert name == "sampler_real_loss" or name == "lcm_loss"
+    ours_leaves, theirs_leaves = jax.tree.leaves_with_path(gradient), jax.tree.leaves(their_gradient)
+    assert len(ours_leaves) == len(theirs_leaves)
+    for (_, a), b in zip(ours_leaves, theirs_leaves, strict=True):
+        near(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_real_rows_do_not_depend_on_the_adapter(dtype):
+    g, batch = geometry(), make_batch(anchors=4)
+    params = init_params(g, jax.random.key(0))
+    adapter = init_adapter(g, SHAPE, params["embed"]["embedding"], jax.random.key(1))
+    loss = MultiTokenLoss(Decoder(g, jnp.dtype(dtype)), SHAPE, PAPER, 64, 64)
+    latents = jax.jit(lambda a: loss.latents(a, {"params": params}, batch))
+    calm, noise = latents(adapter), latents(noisy(adapter, jax.random.key(5), 100.0))
+    assert np.array_equal(np.asarray(calm[0]), np.asarray(noise[0]))
+    assert not np.allclose(np.asarray(calm[1], np.float32), np.asarray(noise[1], np.float32))
+
+
+def test_standard_lora_moves_real_rows():
+    g, batch = geometry(), make_batch(anchors=4)
+    params = init_params(g, jax.random.key(0))
+    adapter = init_adapter(g, SHAPE, params["embed"]["embedding"], jax.random.key(1))
+    loss = MultiTokenLoss(Decoder(g), dataclasses.replace(SHAPE, gated=False), PAPER, 64, 64)
+    calm = loss.latents(adapter, {"params": params}, batch)
+    noise = loss.latents(noisy(adapter, jax.random.key(5), 1.0), {"params": params}, batch)
+    assert not np.allclose(calm[0], noise[0])
+
+
+def test_adapter_starts_as_the_base():
+    g, batch = geometry(), make_batch(anchors=4)
+    params = init_params(g, jax.random.key(0))
+    adapter = init_adapter(g, SHAPE, params["embed"]["embedding"], jax.random.key(1))
+    assert all(not np.any(leaf["b"]) for leaf in adapter["lora"]["layers"].values())
+    loss = MultiTokenLoss(Decoder(g), SHAPE, LossTerms("data"), 64, 64)
+    values = loss.loss(adapter, {"params": params}, batch, loss.totals(batch), jnp.int32(0))[1]
+    near(values["base_loss"], values["sampler_loss"], 1e-6)  # the residual sampler adds nothing yet

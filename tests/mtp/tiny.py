@@ -1,0 +1,67 @@
+"""Tiny models, adapters and batches for the tests of the method."""
+
+import jax
+import numpy as np
+
+from mtp_jax.model.geometry import Geometry
+from mtp_jax.mtp.adapter import AdapterShape
+from mtp_jax.mtp.blocks import choose_anchors, hash_positions
+
+T, M, V = 12, 3, 29
+SHAPE = AdapterShape(masks=M, rank=3, alpha=6.0, targets=("q", "k", "v", "o", "gate", "up", "down"), sampler="residual")
+
+
+def geometry(**changes):
+    config = {
+        "model_type": "qwen3",
+        "vocab_size": V,
+        "hidden_size": 16,
+        "intermediate_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.4,
+    }
+    return Geometry.from_config(config | changes)
+
+
+def noisy(tree, key, scale):
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten([x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+def make_batch(anchors=None, documents=((12,), (12,)), prompt=0):
+    """Packed sequences; `prompt` tokens at each document's start are unsupervised; anchors None for all."""
+    random = np.random.default_rng(0)
+    B = len(documents)
+    text = random.integers(0, V, (B, T + 1)).astype(np.int32)
+    segments, positions = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+    supervised = np.zeros((B, T), bool)
+    for b, lengths in enumerate(documents):
+        start = 0
+        for number, length in enumerate(lengths, 1):
+            span = slice(start, start + length)
+            segments[b, span], positions[b, span] = number, np.arange(length)
+            last = start + length < T or sum(lengths) < T
+            supervised[b, start + max(prompt - 1, 0) : start + length - last] = True
+            start += length
+    chosen = [
+        choose_anchors(hash_positions(1, 0, b, np.arange(T)), supervised[b], segments[b], anchors) for b in range(B)
+    ]
+    return {
+        "tokens": text[:, :-1],
+        "labels": text[:, 1:],
+        "supervised": supervised,
+        "positions": positions,
+        "segments": segments,
+        "anchors": np.stack(chosen),
+    }
+
+
+def run(f, *arguments):
+    """Compile without optimising, which takes most of the time here, and call."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(f).lower(*arguments).compile(compiler_options=options)(*arguments)

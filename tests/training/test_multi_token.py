@@ -1,0 +1,283 @@
+"""The objective multi_token: what a run trains and writes, that each part matters, that it resumes, and bad input."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import listing, read_lines
+from disturbed import __file__ as DISTURBED
+from orbax.checkpoint import StandardCheckpointer
+from safetensors.numpy import load_file
+
+from mtp_jax.config import validate
+from mtp_jax.data.pipeline import Anchors, training_batches
+from mtp_jax.data.sources import read_sources
+from mtp_jax.errors import UserError
+from mtp_jax.model.decoder import Decoder
+from mtp_jax.model.folder import load_params, load_tokenizer, read_geometry
+from mtp_jax.mtp.adapter import AdapterShape, init_adapter
+from mtp_jax.mtp.adapter_folder import fingerprint, load_adapter, read_shape
+from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
+from mtp_jax.training.run import _check_trainable, train
+
+M = 3
+
+
+@pytest.fixture(scope="session")
+def base(finished):
+    """A small base model: what the finished next-token run wrote."""
+    return finished / "model"
+
+
+@pytest.fixture
+def adapter_tree(tree, base):
+    """The config of a tiny multi-token run."""
+    return {
+        **tree,
+        "objective": "multi_token",
+        "model": {"path": str(base), "save_dtype": "float32"},
+        "lora": {"rank": 4},
+        "mtp": {"masks": M},
+        "train": {**tree["train"], "anchors": 6},
+        "evaluation": {"every": 4, "prompts": 3, "prompt_tokens": 8, "new_tokens": 12},
+    }
+
+
+def test_a_run_trains_the_adapter_alone_and_writes_it(adapter_tree, base):
+    before = listing(base)
+    out = train(validate(adapter_tree, "tree"))
+    run_dir = Path(adapter_tree["output_dir"])
+    assert out == run_dir / "adapter" and listing(base) == before
+    shape, adapter = load_adapter(out, read_geometry(base), base)
+    assert (shape.masks, shape.rank, shape.alpha, shape.gated) == (M, 4, 8.0, True)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(adapter))
+    config = json.loads((out / "mtp_config.json").read_text())
+    assert config["base"] == {"name": str(base), "fingerprint": fingerprint(base)}
+    assert config["training"]["trained_parameters"] == sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    lines = read_lines(run_dir / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    for name in ("base_loss", "sampler_loss", "lcm_loss", "real_loss", "gradient_norm"):
+        assert all(np.isfinite(line[name]) for line in steps)
+    held = [line for line in lines if "held_out_loss" in line]
+    assert [line["step"] for line in held] == [4, 8, 12]
+    assert all(len(line["held_out_agreement"]) == M for line in held)
+    assert list(held[-1]["held_out_tokens_per_step"]) == ["1", "2", "3"]
+    assert config["training"]["held_out"]["loss"] == held[-1]["held_out_loss"]
+    # A checkpoint holds the adapter and its two moments, nothing of the base.
+    saved = StandardCheckpointer().restore((run_dir / "checkpoints" / "12" / "state").absolute())
+    count = config["training"]["trained_parameters"]
+    assert saved["trained"].keys() == {"lora", "mtp"}
+    assert 3 * count <= sum(np.size(leaf) for leaf in jax.tree.leaves(saved)) < 3 * count + 10
+
+
+def test_the_base_does_not_move_unless_ungated(adapter_tree):
+    gated = Path(train(validate(adapter_tree, "tree"))).parent
+    real = [line["held_out_real_loss"] for line in read_lines(gated / "metrics.jsonl") if "held_out_loss" in line]
+    assert len(set(real)) == 1
+    tree = {**adapter_tree, "lora": {"rank": 4, "gated": False}, "output_dir": adapter_tree["output_dir"] + "-free"}
+    free = Path(train(validate(tree, "tree"))).parent
+    moved = [line["held_out_real_loss"] for line in read_lines(free / "metrics.jsonl") if "held_out_loss" in line]
+    assert len(set(moved)) == 3
+
+
+def test_an_adapter_can_be_trained_on(adapter_tree):
+    first = train(validate(adapter_tree, "tree"))
+    tree = {**adapter_tree, "output_dir": adapter_tree["output_dir"] + "-more"}
+    tree["model"] = {**tree["model"], "adapter": str(first)}
+    tree["mtp"] = {"masks": 2}
+    tree["train"] = {**tree["train"], "steps": 1, "warmup_steps": 0, "learning_rate": 1e-9}
+    more = train(validate(tree, "tree"))
+    assert read_shape(more).masks == 2
+    a, b = load_file(first / "adapter.safetensors"), load_file(more / "adapter.safetensors")
+    assert np.allclose(a["mtp.masks"][:2], b["mtp.masks"], atol=1e-7)
+    assert np.allclose(a["lora.layers.q.b"], b["lora.layers.q.b"], atol=1e-7)
+
+
+def test_a_killed_run_ends_like_an_undisturbed_one(adapter_tree, write_config, start, finish):
+    plain = {**adapter_tree, "output_dir": adapter_tree["output_dir"] + "-plain"}
+    undisturbed = train(validate(plain, "tree")).parent
+    config, folder = write_config(adapter_tree), Path(adapter_tree["output_dir"])
+    for point, count in [("line", 5), ("begun", 1)]:
+        script = [os.fspath(DISTURBED), point, str(count), "kill"]
+        assert finish(start("train", "--config", config, script=script)).code == -9
+    ended = finish(start("train", "--config", config))
+    assert ended.code == 0 and "resuming" in ended.err, ended
+    assert (folder / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    a, b = (load_file(run / "adapter" / "adapter.safetensors") for run in (folder, undisturbed))
+    assert all(np.array_equal(a[key], b[key]) for key in a) and a.keys() == b.keys()
+
+
+# ---- each part matters
+
+
+class Lesson:
+    """A short training of an adapter on a base that knows its text, in a few variants."""
+
+    def __init__(self, base, corpus):
+        config = {"sources": [{"kind": "text", "path": str(corpus)}], "held_out": 0.2}
+        tree = {"objective": "next_token", "output_dir": "x", "model": {"path": "x"}, "data": config}
+        tree["train"] = {"steps": 1, "batch_size": 1, "sequence_length": 8, "learning_rate": 1.0}
+        self.training, _ = read_sources(validate(tree, "tree").data)
+        self.g, self.folder = read_geometry(base), base
+        self.tokenizer = load_tokenizer(base, self.g)
+        self.frozen = {"params": load_params(base, self.g)}
+        self.measure = {}
+
+    def batches(self):
+        return training_batches(self.training, [1.0], self.tokenizer, 8, 32, 0, Anchors(12, 0))[0]
+
+    def loss(self, terms, sampler="residual"):
+        shape = AdapterShape(M, 4, 8.0, ("q", "k", "v", "o", "gate", "up", "down"), sampler)
+        return MultiTokenLoss(Decoder(self.g), shape, terms, 4096, 4096)
+
+    def train(self, terms, sampler="residual", shift=0, steps=50):
+        """Adam at a fixed rate; `shift` moves every target by so many tokens."""
+        import optax
+
+        loss, tx = self.loss(terms, sampler), optax.adam(1e-2)
+        table = self.frozen["params"]["embed"]["embedding"]
+        adapter = init_adapter(self.g, loss.shape, table, jax.random.key(0))
+
+        @jax.jit
+        def step(adapter, state, batch):
+            share = lambda a: loss.loss(a, self.frozen, batch, loss.totals(batch), jnp.int32(0))  # noqa: E731
+            gradient, _ = jax.grad(share, has_aux=True)(adapter)
+            updates, state = tx.update(gradient, state)
+            return jax.tree.map(jnp.add, adapter, updates), state
+
+        state = tx.init(adapter)
+        for _, batch in zip(range(steps), self.batches(), strict=False):
+            batch.pop("documents")
+            if shift:
+                batch["labels"] = np.roll(batch["labels"], -shift, axis=1)
+            adapter, state = step(adapter, state, batch)
+        return adapter
+
+    def judge(self, adapter, sampler="residual"):
+        """All figures of an adapter under the same yardstick: soft targets and every term, and hard data labels."""
+        rulers = [self.loss(LossTerms(target=target), sampler) for target in ("base_soft", "data")]
+        if sampler not in self.measure:
+            self.measure[sampler] = jax.jit(
+                lambda a, batch: [(r.sums(a, self.frozen, batch, jnp.int32(0)), r.totals(batch)) for r in rulers]
+            )
+        total = None
+        for _, batch in zip(range(4), self.batches(), strict=False):
+            batch.pop("documents")
+            part = self.measure[sampler](adapter, batch)
+            total = part if total is None else jax.tree.map(jnp.add, total, part)
+        soft, hard = (ruler.values(*of)[1] for ruler, of in zip(rulers, total, strict=True))
+        return soft | {f"data_{name}": value for name, value in hard.items()}
+
+
+@pytest.fixture(scope="module")
+def lesson(make_tree, tmp_path_factory):
+    """A base that knows sentences whose order is fixed and whose words are chance, and the folder of these."""
+    folder = tmp_path_factory.mktemp("lesson")
+    texts = folder / "texts"
+    texts.mkdir()
+    words = [("one", "uno"), ("two", "dos"), ("three", "tres"), ("four", "cuatro"), ("five", "cinco"), ("six", "seis")]
+    random = np.random.default_rng(0)
+    for i in range(60):
+        turned = (words[i % 6 :] + words[: i % 6]) * 5
+        (texts / f"{i:02}.txt").write_text(" ".join(pair[random.integers(2)] for pair in turned))
+    tree = make_tree(folder / "run")
+    tree["data"] = {"sources": [{"kind": "text", "path": str(texts)}], "held_out": 0.2}
+    tree["train"] |= {"steps": 120, "learning_rate": 1e-2, "batch_size": 8}
+    tree["evaluation"], tree["checkpoints"] = {}, {"every": 1000}
+    return Lesson(train(validate(tree, "tree")), texts)
+
+
+def test_each_part_matters(lesson):
+    full = LossTerms(target="base_soft")
+    judged = {
+        "untrained": lesson.judge(lesson.train(full, steps=0)),
+        "full": lesson.judge(lesson.train(full)),
+        "no consistency": lesson.judge(lesson.train(dataclasses.replace(full, lcm_weight=0.0))),
+        "no sampler": lesson.judge(lesson.train(full, "none"), "none"),
+        "data targets": lesson.judge(lesson.train(LossTerms(target="data", lcm_weight=0.0))),
+        "shifted": lesson.judge(lesson.train(LossTerms(target="data", lcm_weight=0.0), shift=1)),
+    }
+    mean = {name: float(np.mean(figures["agreement_base"])) for name, figures in judged.items()}
+    assert mean["full"] > mean["untrained"] + 0.2
+    # The sampler, which knows the token before, foresees more than the base head on the same latents.
+    assert np.mean(judged["full"]["agreement"]) >= mean["full"]
+    assert "agreement" not in judged["no sampler"] and "sampler_loss" not in judged["no sampler"]
+    # Without the consistency loss the latents stay further from those of the real rows.
+    assert judged["no consistency"]["lcm_loss"] > 1.2 * judged["full"]["lcm_loss"]
+    # Training on the base's own distribution serves that better, and the data worse, than training on the data.
+    soft, hard = judged["no consistency"], judged["data targets"]
+    assert soft["base_loss"] / hard["base_loss"] < 0.98 * soft["data_base_loss"] / hard["data_base_loss"]
+    # Trained towards the token after, masks no longer predict theirs.
+    assert mean["shifted"] < mean["data targets"] - 0.2
+    assert judged["shifted"]["data_base_loss"] > judged["data targets"]["data_base_loss"] + 0.5
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["mtp.masks=0"], "mtp.masks should be greater than or equal to 1"),
+        (["mtp.masks=40"], "train.sequence_length=32 is shorter than a block"),
+        (["train.anchors=33"], "train.anchors=33 should be from 1 to train.sequence_length"),
+        (["lora.targets=[q,x]"], "lora.targets.1 should be"),
+        (["mtp.samplers=paper"], "did you mean 'sampler'"),
+        (["objective=next_token"], "belongs to objective: multi_token"),
+        (["model.adapter=nowhere/at/all"], "no such folder"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line(adapter_tree, write_config, command, changes, message):
+    ended = command("train", "--config", write_config(adapter_tree), *changes)
+    assert ended.code == 2 and any(message in line for line in ended.errors), ended
+    assert "Traceback" not in ended.err
+
+
+def test_an_adapter_that_does_not_fit_is_refused(adapter_tree, write_config, command, tmp_path, base):
+    adapter = train(validate(adapter_tree, "tree"))
+    tree = {**adapter_tree, "output_dir": str(tmp_path / "second")}
+    for changes, message in [
+        (["lora.rank=8"], "lora.rank=8 differs from 4"),
+        (["mtp.masks=5"], "mtp.masks=5 is more than the 3"),
+    ]:
+        ended = command("train", "--config", write_config(tree), "--adapter", adapter, *changes)
+        assert ended.code == 2 and any(message in line for line in ended.errors), ended
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    from safetensors.numpy import save_file
+
+    save_file(tensors, other / "model.safetensors")
+    for name in ("evaluate", "generate"):
+        more = ["--prompt", "a"] if name == "generate" else ["--text", tree["data"]["sources"][0]["path"]]
+        ended = command(name, "--model", other, "--adapter", adapter, *more)
+        assert ended.code == 2 and len(ended.errors) == 1 and "was trained for" in ended.errors[0], ended
+        assert str(base) in ended.errors[0] and "other" in ended.errors[0]
+
+
+def test_data_without_room_for_a_block_is_refused():
+    with pytest.raises(UserError, match="no supervised token behind which a block of masks could stand"):
+        _check_trainable({"anchors": np.full((2, 4), -1)}, step=1)
+
+
+def test_evaluate_reports_what_the_run_did(adapter_tree, command, base):
+    adapter_tree["evaluation"]["every"] = 12
+    out = train(validate(adapter_tree, "tree"))
+    held = json.loads((out / "mtp_config.json").read_text())["training"]["held_out"]
+    text = adapter_tree["data"]["sources"][0]["path"]
+    ended = command(
+        "evaluate", "--model", base, "--adapter", out, "--text", text, "--held-out", 0.2,
+        "--sequence-length", 32, "--batch-size", 4, "--json",
+    )  # fmt: skip
+    assert ended.code == 0, ended
+    figures = json.loads(ended.out)
+    assert figures["base_loss"] == pytest.approx(held["base_loss"], rel=0.2)  # other anchors, the same documents
+    table = command("evaluate", "--model", base, "--adapter", out, "--text", text, "--sequence-length", 32)
+    assert "estimated tokens per step" in table.out and "agreement with the base model" in table.out
