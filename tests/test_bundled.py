@@ -1,0 +1,77 @@
+"""The bundled model is what its card says."""
+
+import hashlib
+import json
+import platform
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from mtp_jax.data.sources import python_stdlib, split
+from mtp_jax.decoding.generator import Generator
+from mtp_jax.evaluate import TRAINING_FILES, main
+from mtp_jax.model.folder import bundled_models, find_folder, stored_tensors
+
+FOLDER = find_folder("bundled:stdlib-5m")
+CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
+PYTHON = re.search(r"source of the Python ([\d.]+) standard library", CARD)[1]
+same_python = pytest.mark.skipif(
+    platform.python_version() != PYTHON,
+    reason=f"the card's figures are of the library of Python {PYTHON}, and this is {platform.python_version()}",
+)
+
+
+def test_it_is_bfloat16_and_as_large_as_the_card_says():
+    tensors = stored_tensors(FOLDER)
+    assert {tensor.dtype.name for tensor in tensors.values()} == {"bfloat16"}
+    count = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
+    assert f"{count:,} parameters" in CARD and bundled_models() == ["stdlib-5m"]
+
+
+@same_python
+def test_digests_are_those_of_the_training_files_and_of_no_held_out_file():
+    training, held_out = split(python_stdlib(), 0.05)
+    digests = json.loads((FOLDER / TRAINING_FILES).read_text())
+    machine = {d.name for d in training if d.name.startswith(("_sysconfigdata", "config-"))}
+    for document in training:
+        if document.name not in machine and document.name in digests:
+            assert digests[document.name] == hashlib.sha256(document.text().encode()).hexdigest(), document.name
+    assert not {document.name for document in held_out} & digests.keys()
+    assert f"{len(digests)} files" in CARD and len(re.findall("⟫", CARD)) == 21
+
+
+def test_it_completes_code():
+    generator = Generator.load("bundled:stdlib-5m", "float32")
+    done = generator(["import os\n\n\ndef main("], max_new_tokens=16)[0]
+    assert ")" in generator.text(done) and len(done.token_ids) == 16 and done.steps == 15
+
+
+def test_what_the_model_was_trained_on_is_left_out_under_any_name(monkeypatch, tmp_path, capsys):
+    from mtp_jax.data import sources
+
+    seen = next(d for d in python_stdlib() if d.name == "textwrap.py")
+    if (
+        hashlib.sha256(seen.text().encode()).hexdigest()
+        not in json.loads((FOLDER / TRAINING_FILES).read_text()).values()
+    ):
+        pytest.skip("this Python's textwrap.py is not the one that the model was trained on")
+    names = [f"m{i}.py" for i in range(200)]
+    held = [name for name in names if sources.Document(name, tmp_path / name).draw < 0.05][:2]
+    (tmp_path / held[0]).write_text(seen.text())
+    (tmp_path / held[1]).write_text("x = 1\n" * 50)
+    monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", "bundled:stdlib-5m", "--json", "--batch-size", "1"])
+    main()
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["documents"], figures["left_out"]) == (1, 1)
+
+
+@pytest.mark.slow
+@same_python
+def test_a_fresh_evaluation_prints_the_figures_of_the_card(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", "bundled:stdlib-5m", "--json"])
+    main()
+    figures = json.loads(capsys.readouterr().out)
+    assert f"| {figures['loss']:.4f} | {figures['accuracy']:.4f} | {figures['tokens']} |" in CARD
