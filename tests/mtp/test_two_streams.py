@@ -53,7 +53,10 @@ CASES = {
 
 # Chunked where the shape of a case makes a difference to it.
 CHUNKED = ("all anchors", "padded anchors", "ungated", "sliding windows", "total variation")
-RUNS = [(case, WHOLE) for case in CASES] + [(case, PIECES) for case in CHUNKED]
+RUNS = [(case, WHOLE) for case in CASES] + [
+    pytest.param(case, PIECES, marks=() if case in ("padded anchors", "sliding windows") else pytest.mark.slow)
+    for case in CHUNKED
+]
 
 
 @pytest.mark.parametrize(("case", "chunks"), RUNS)

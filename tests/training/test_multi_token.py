@@ -136,7 +136,7 @@ class Lesson:
         shape = AdapterShape(M, 4, 8.0, ("q", "k", "v", "o", "gate", "up", "down"), sampler)
         return MultiTokenLoss(Decoder(self.g), shape, terms, 4096, 4096)
 
-    def train(self, terms, sampler="residual", shift=0, steps=50):
+    def train(self, terms, sampler="residual", shift=0, steps=40):
         """Adam at a fixed rate; `shift` moves every target by so many tokens."""
         import optax
 
