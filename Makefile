@@ -14,6 +14,7 @@ help: ## this list
 .PHONY: quickstart
 quickstart: $(VENV)/.plot ## train a multi-token predictor for the bundled model and show what it foresees
 	$(BIN)/python -m mtp_jax.generate --model $(MODEL) --prompt "$$(printf '$(PROMPT)')" --max-new-tokens 64
+	$(BIN)/python -m mtp_jax.regenerate --config configs/quickstart.yaml
 	$(BIN)/python -m mtp_jax.train --config configs/quickstart.yaml
 	$(BIN)/python -m mtp_jax.evaluate --model $(MODEL) --adapter runs/quickstart --batches 10 --sequence-length 256 \
 		--prompts 32 --plot runs/quickstart/foresight.png

@@ -55,8 +55,18 @@ class Source(_Section):
     columns: dict[str, str] = {}  # dataset: from messages, prompt, completion or text to the dataset's own names
 
 
+class Continuations(_Section):
+    """The base model's own continuations of training documents, which `mtp_jax.regenerate` writes."""
+
+    path: str  # a .jsonl file
+    count: int = Field(default=1000, ge=1)  # prompts
+    prompt_tokens: int = Field(default=64, ge=1)  # of a text; other documents have prompts of their own
+    new_tokens: int = Field(default=192, ge=2)  # at most
+
+
 class Data(_Section):
     sources: list[Source] = Field(min_length=1)
+    continuations: Continuations | None = None  # trained on in place of the sources' own training documents
     held_out: float = Field(default=0.05, ge=0, lt=1)  # share of documents, chosen by a hash of their name
 
 
@@ -374,6 +384,7 @@ def _one_model(c: Any) -> Iterator[str]:
 def _objective_fits(c: Any) -> Iterator[str]:
     if c.objective == "next_token":
         given = {"lora": c.lora, "mtp": c.mtp, "train.anchors": c.train.anchors, "model.adapter": c.model.adapter}
+        given["data.continuations"] = c.data.continuations
         for key in (key for key, value in given.items() if value is not None):
             yield f"{key} belongs to objective: multi_token, and the objective is next_token."
         return

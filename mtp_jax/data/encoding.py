@@ -50,13 +50,15 @@ class Encoder:
             for start, end in chat.spans:
                 supervised |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
             return Encoded(np.asarray(ids, np.int32), supervised, chat.rewritten)
-        text = "".join(content)
+        text = "".join(content[:2])
         ids = self.tokenizer(text, verbose=False)["input_ids"]
         supervised = np.ones(len(ids), bool)
         if isinstance(content, Completion):
             inner, offsets = self._located(text)
             begin = next(i for i in range(len(ids) - len(inner) + 1) if ids[i : i + len(inner)] == inner)
             supervised[: begin + int(np.sum(offsets[:, 1] <= len(content.prompt)))] = False
+        if isinstance(content, Completion) and not content.whole:
+            return Encoded(np.asarray(ids, np.int32), supervised)
         if (end := self.tokenizer.eos_token_id) is not None:
             ids, supervised = [*ids, end], np.append(supervised, True)
         return Encoded(np.asarray(ids, np.int32), supervised)

@@ -16,6 +16,7 @@ class Completion(NamedTuple):
 
     prompt: str
     completion: str
+    whole: bool = True  # the text ends here; otherwise it was cut, or says itself where it ends
 
 
 class Conversation(NamedTuple):
@@ -43,7 +44,7 @@ class Example(ABC):
         content = self.content()
         if isinstance(content, Conversation):
             return "\n".join(str(message.get("content", "")) for message in content.messages)
-        return "".join(content)
+        return "".join(content[:2])
 
     @property
     def draw(self) -> float:

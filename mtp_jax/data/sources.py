@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtp_jax.config import Data, Source
+from mtp_jax.data.continuations import read_continuations
 from mtp_jax.data.examples import Content, Example, Text
 from mtp_jax.data.rows import dataset_rows
 from mtp_jax.errors import UserError
@@ -119,8 +120,11 @@ def split(found: list[Example], held_out: float) -> tuple[list[Example], list[Ex
     return train, held
 
 
-def read_sources(data: Data) -> tuple[list[list[Example]], list[Example]]:
+def read_sources(data: Data, continuations: bool = True) -> tuple[list[list[Example]], list[Example]]:
     """Training documents of every source, and the held-out documents of all.
+
+    Where `data.continuations` is set they stand in for the training documents, as one source, unless `continuations`
+    is false.
 
     Raises:
         UserError: what a source lacks, nothing to train on.
@@ -137,6 +141,11 @@ def read_sources(data: Data) -> tuple[list[list[Example]], list[Example]]:
             faults.append(f"{key}: all {len(held)} documents fall to the held-out part; lower data.held_out.")
         training.append(train)
         held_out += held
+    if data.continuations is not None and continuations:
+        try:
+            training = [read_continuations(data.continuations)]
+        except UserError as error:
+            faults += error.faults
     if faults:
         raise UserError(*faults)
     return training, held_out

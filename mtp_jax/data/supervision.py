@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mtp_jax.data.continuations import Continuation
 from mtp_jax.data.encoding import Encoder
 from mtp_jax.data.examples import Content, Conversation, Example, Text
 from mtp_jax.data.rows import Row
@@ -23,11 +24,12 @@ def check_supervision(sources: list[list[Example]], tokenizer: Any | None) -> li
     encode = Encoder(tokenizer)
     lines, faults = [], []
     for i, source in enumerate(sources):
-        if isinstance(source[0], Row):
+        if isinstance(source[0], Row | Continuation):
+            where = f"data.sources.{i}" if isinstance(source[0], Row) else "data.continuations"
             try:
-                lines.append(f"data.sources.{i}: {len(source):,} {_look_at(source, encode)}")
+                lines.append(f"{where}: {len(source):,} {_look_at(source, encode)}")
             except UserError as error:
-                faults += [f"data.sources.{i}: {fault}" for fault in error.faults]
+                faults += [f"{where}: {fault}" for fault in error.faults]
     if faults:
         raise UserError(*faults)
     return lines

@@ -47,8 +47,30 @@ class Projection(nn.Module):
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         if adapted and self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-            y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+            y = y + low_rank(x, a.astype(x.dtype), b.astype(x.dtype))
         return y
+
+
+@jax.custom_vjp
+def low_rank(x: Float[Array, "... in"], a: Float[Array, "in R"], b: Float[Array, "R out"]) -> Float[Array, "... out"]:
+    """(x A) B. Its backward pass transposes only arrays of width R, where autodiff would transpose full rows."""
+    return (x @ a) @ b
+
+
+def _low_rank_forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
+    inner = x @ a
+    return inner @ b, (x, a, b, inner)
+
+
+def _low_rank_backward(saved: tuple[Array, ...], dy: Float[Array, "... out"]) -> tuple[Array, Array, Array]:
+    x, a, b, inner = saved
+    d_inner = dy @ b.T
+    d_a = jnp.einsum("...r,...i->ri", d_inner, x).T
+    d_b = jnp.einsum("...r,...o->ro", inner, dy)
+    return d_inner @ a.T, d_a, d_b
+
+
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 class RMSNorm(nn.Module):

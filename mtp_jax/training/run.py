@@ -68,7 +68,7 @@ def train(config: Config) -> Path:
         task = make_task(config, base, mesh, place)
         batches, documents = training_batches(
             training,
-            [source.weight for source in config.data.sources],
+            [1.0] if config.data.continuations else [source.weight for source in config.data.sources],
             base.tokenizer,
             config.train.batch_size,
             config.train.sequence_length,
