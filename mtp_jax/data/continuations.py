@@ -1,6 +1,6 @@
 """The base model's own continuations of training documents: what an adapter for it learns best from.
 
-Drafts are judged by what the base model writes next, and on its own text every later token is what it would have chosen.
+Drafts are judged by what the base model writes next, and in its own text every later token is what it would choose.
 """
 
 import json
@@ -53,7 +53,7 @@ def choose_prompts(
             end = int(draw.choice(ends)) if len(ends) else 0
             ids = tokens[max(0, end - wanted.prompt_tokens) : end]
         prompt = _as_stored(ids, tokenizer)
-        if not 0 < len(prompt.tokens) < context - 1:
+        if not len(ids) or len(prompt.tokens) >= context - 1:
             fruitless += 1
             if fruitless == _FRUITLESS:
                 raise UserError(
@@ -74,7 +74,7 @@ def _as_stored(ids: np.ndarray, tokenizer: Any) -> Prompt:
         text = text.removeprefix(begin)
         tokens = tokenizer(text, verbose=False)["input_ids"]
     # What is added behind a text does not belong behind a prompt.
-    if tokens and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id and ids[-1] != tokenizer.eos_token_id:
+    if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id and ids[-1] != tokens[-1]:
         tokens = tokens[:-1]
     return Prompt(text, list(tokens))
 
@@ -88,7 +88,7 @@ def record(prompt: Prompt, completion: list[int], tokenizer: Any) -> str:
 class Continuation(Example):
     """One line of a file of continuations."""
 
-    __slots__ = ("name", "table", "number")
+    __slots__ = ("name", "number", "table")
 
     def __init__(self, table: Any, number: int):
         self.table, self.number = table, number
