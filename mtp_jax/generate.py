@@ -1,11 +1,18 @@
-"""`python -m mtp_jax.generate --model DIR|bundled:NAME (--prompt TEXT | --prompts FILE.jsonl)`: continue texts."""
+"""`python -m mtp_jax.generate --model M [--adapter A] (--prompt TEXT | --prompts FILE.jsonl | --chat)`: continue texts.
+
+Output is the model's own, whatever the plan: greedy, or sampled from its distribution with --temperature above 0.
+"""
 
 import argparse
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtp_jax.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from mtp_jax.decoding.generator import Completion, Generator, Sampling
 
 
 def read_prompts(file: str) -> list[Any]:
@@ -47,53 +54,194 @@ def _prompt(record: Any) -> Any:
 
 def main() -> None:
     """Parse, decode, print."""
-    parser = argparse.ArgumentParser(prog="python -m mtp_jax.generate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m mtp_jax.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="a Hugging Face folder, a hub name, or bundled:NAME")
+    parser.add_argument("--adapter", help="a run's folder, an adapter folder, bundled:NAME, or a hub name")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompts", metavar="FILE.jsonl", help="lines with 'prompt' or 'messages'")
-    parser.add_argument("--adapter", help="a run's folder, an adapter folder, bundled:NAME, or a hub name")
-    parser.add_argument("--plan", default="none", choices=["none"], help="none: plain decoding, a token per step")
+    prompt.add_argument("--chat", action="store_true", help="a conversation on the terminal; an empty line ends it")
+    parser.add_argument(
+        "--plan",
+        metavar="P",
+        help="none, linear:M, quadratic:M, blocks:M0,M1,... (masks behind each real row), or auto, which measures; "
+        "auto with an adapter and none without by default",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="and from the likeliest that reach P")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on CPU and bfloat16 elsewhere")
     parser.add_argument("--batch-size", type=int, default=1, metavar="B")
+    parser.add_argument(
+        "--shortlist", type=int, default=256, metavar="C", help="candidates of a draft; 0 for all tokens"
+    )
+    parser.add_argument("--stream", action="store_true", help="show tokens as they come, each pass in a colour")
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
-    arguments = parser.parse_args()
-    faults = [
-        f"--{name.replace('_', '-')} {value}: should be at least 1."
-        for name in ("max_new_tokens", "batch_size")
-        if (value := getattr(arguments, name)) < 1
-    ]
+    parser.add_argument("--compare", action="store_true", help="decode also without drafts, and compare")
+    a = parser.parse_args()
+    prompts = _check(a)
+
+    from mtp_jax.decoding.generator import Generator, Sampling
+    from mtp_jax.decoding.plan import parse_plan
+
+    named = a.plan or ("auto" if a.adapter else "none")
+    plan = None if named == "auto" else parse_plan(named)
+    sampling = Sampling(a.temperature, a.top_k, a.top_p, a.seed) if a.temperature else None
+    generator = Generator.load(a.model, a.dtype, a.adapter, plan)
+    generator.shortlist = a.shortlist or None
+    if a.chat:
+        _chat(generator, a, sampling, named)
+        return
+    names = ["--prompt"] if a.prompts is None else [f"prompt {i + 1}" for i in range(len(prompts))]
+    encoded = [generator.encode(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
+    if named == "auto":
+        _choose(generator, encoded, a)
+    _print_all(generator, encoded, a, sampling)
+
+
+def _check(a: argparse.Namespace) -> list[Any]:
+    """The prompts; raises UserError for what cannot be."""
+    counts = {"max-new-tokens": a.max_new_tokens, "batch-size": a.batch_size}
+    faults = [f"--{name} {value}: should be at least 1." for name, value in counts.items() if value < 1]
+    if a.shortlist < 0:
+        faults.append(f"--shortlist {a.shortlist}: should be at least 1, or 0 for the whole vocabulary.")
+    if not a.temperature >= 0:
+        faults.append(f"--temperature {a.temperature}: should be at least 0; 0 takes the likeliest token.")
+    if a.temperature == 0 and (a.top_k is not None or a.top_p != 1.0):
+        faults.append("--top-k and --top-p say what to sample from: give --temperature too.")
+    if a.plan == "auto" and a.adapter is None:
+        faults.append("--plan auto chooses how to use an adapter: give --adapter too.")
+    if a.stream and (a.json or a.batch_size > 1 or a.compare):
+        faults.append("--stream shows one text on the terminal: leave out --json, --compare and --batch-size.")
+    if a.chat and (a.json or a.compare or a.batch_size > 1):
+        faults.append("--chat is a conversation on the terminal: leave out --json, --compare and --batch-size.")
     if faults:
         raise UserError(*faults)
-    prompts = [arguments.prompt] if arguments.prompts is None else read_prompts(arguments.prompts)
-    names = ["--prompt"] if arguments.prompts is None else [f"prompt {i + 1}" for i in range(len(prompts))]
+    return [] if a.chat else [a.prompt] if a.prompts is None else read_prompts(a.prompts)
 
+
+def _choose(generator: "Generator", prompts: list[list[int]], a: argparse.Namespace) -> None:
+    from mtp_jax.decoding.auto import choose_plan
+
+    print("auto: measuring which plan is fastest here, unless that is known already", file=sys.stderr)
+    choice = choose_plan(generator, prompts, a.batch_size)
+    print(choice, file=sys.stderr)
+    if choice.plan.drafts == 0:
+        print("auto: plain decoding is fastest here with this adapter", file=sys.stderr)
+
+
+def _print_all(
+    generator: "Generator", prompts: list[list[int]], a: argparse.Namespace, sampling: "Sampling | None"
+) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from mtp_jax.decoding.generator import Generator
+    from mtp_jax.decoding.plan import plain
+    from mtp_jax.decoding.show import PassWriter, speed_line
 
-    generator = Generator.load(arguments.model, arguments.dtype, arguments.adapter)
-    encoded = [generator.encode(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
     console = Console(highlight=False, soft_wrap=True)
-    for at in range(0, len(encoded), arguments.batch_size):
-        batch = encoded[at : at + arguments.batch_size]
-        for i, done in enumerate(generator.complete(batch, arguments.max_new_tokens, arguments.batch_size), at):
-            if arguments.json:
-                record = {
-                    "text": generator.text(done),
-                    "token_ids": done.token_ids,
-                    "new_tokens": len(done.token_ids),
-                    "steps": done.steps,
-                    "seconds": round(done.seconds, 6),
-                }
-                print(json.dumps(record, ensure_ascii=False), flush=True)
-                continue
-            shown = generator.tokenizer.decode(encoded[i], skip_special_tokens=True)
-            console.print(Text.assemble((shown, "dim"), generator.text(done)))
-            speed = len(done.token_ids) * len(batch) / done.seconds
-            console.print(Text(f"[{len(done.token_ids)} tokens, {speed:.0f} tokens/s]\n", "green"))
+    plan, size, both = generator.plan, a.batch_size, []
+    if a.compare:  # neither is to pay for compilation
+        both = _timed(generator, prompts, a, sampling, plain())
+        generator.plan = plan
+    done: list[Completion] = []
+    for at in range(0, len(prompts), size):
+        batch = prompts[at : at + size]
+        if not a.json and len(batch) == 1:
+            console.print(Text(generator.tokenizer.decode(batch[0], skip_special_tokens=True), "dim"), end="")
+        if a.stream:
+            writer = PassWriter(generator.tokenizer, console)
+            done += generator.complete(batch, a.max_new_tokens, 1, sampling, at, writer)
+            writer.finish()
+        else:
+            if a.compare:
+                generator.complete(batch, a.max_new_tokens, size, sampling, at)
+            done += generator.complete(batch, a.max_new_tokens, size, sampling, at)
+        for ids, completion in zip(batch, done[at:], strict=True):
+            if a.json:
+                print(json.dumps(_record(generator, completion), ensure_ascii=False), flush=True)
+            elif not a.stream:
+                if len(batch) > 1:
+                    console.print(Text(generator.tokenizer.decode(ids, skip_special_tokens=True), "dim"), end="")
+                writer = PassWriter(generator.tokenizer, console)
+                writer(completion.token_ids, completion.emitted_by)
+                writer.finish()
+        if not a.json:
+            console.print(Text(speed_line(done[at:], str(plan)) + "\n", "green"))
+    if a.compare:
+        _print_comparison(done, both, size, str(plan), sampling is not None, sys.stderr if a.json else sys.stdout)
+
+
+def _timed(
+    generator: "Generator", prompts: list[list[int]], a: argparse.Namespace, sampling: "Sampling | None", plan: Any
+) -> "list[Completion]":
+    generator.plan = plan
+    done: list[Completion] = []
+    for at in range(0, len(prompts), a.batch_size):
+        batch = prompts[at : at + a.batch_size]
+        generator.complete(batch, a.max_new_tokens, a.batch_size, sampling, at)
+        done += generator.complete(batch, a.max_new_tokens, a.batch_size, sampling, at)
+    return done
+
+
+def _print_comparison(
+    drafted: "list[Completion]", plain: "list[Completion]", size: int, plan: str, sampled: bool, file: Any
+) -> None:
+    def line(name: str, done: "list[Completion]") -> float:
+        seconds = sum(c.prefill_seconds + c.seconds for c in done[::size])
+        tokens, steps = sum(len(c.token_ids) for c in done), sum(c.steps for c in done)
+        per_step = (tokens - len(done)) / max(steps, 1)
+        print(f"{name:>16}: {tokens / seconds:7.1f} tokens/s, {per_step:.2f} tokens per step", file=file)
+        return tokens / seconds
+
+    before, after = line("without drafts", plain), line(plan, drafted)
+    same = sum(x.token_ids == y.token_ids for x, y in zip(drafted, plain, strict=True))
+    verdict = f"output identical: {same} of {len(plain)}"
+    if sampled:
+        verdict = "outputs are different draws from the same distribution"
+    print(f"{after / before:.2f}x as fast; {verdict}", file=file)
+
+
+def _record(generator: "Generator", done: "Completion") -> dict[str, Any]:
+    return {
+        "text": generator.text(done),
+        "token_ids": done.token_ids,
+        "new_tokens": len(done.token_ids),
+        "steps": done.steps,
+        "seconds": round(done.prefill_seconds + done.seconds, 6),
+        "accepted": done.accepted,
+    }
+
+
+def _chat(generator: "Generator", a: argparse.Namespace, sampling: "Sampling | None", named: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from mtp_jax.decoding.show import PassWriter, speed_line
+
+    console = Console(highlight=False, soft_wrap=True)
+    messages: list[dict[str, str]] = []
+    generator.encode([{"role": "user", "content": "hello"}])  # refuses a model without chat template
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        messages.append({"role": "user", "content": line})
+        ids = generator.encode(messages, "the conversation")
+        if named == "auto" and len(messages) == 1:
+            _choose(generator, [ids], a)
+        writer = PassWriter(generator.tokenizer, console)
+        done = generator.complete([ids], a.max_new_tokens, 1, sampling, len(messages), writer)
+        writer.finish()
+        console.print(Text(speed_line(done, str(generator.plan)) + "\n", "green"))
+        messages.append({"role": "assistant", "content": generator.text(done[0])})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,23 @@
-"""Decoding as one jitted `lax.while_loop` over a documented state of static shape."""
+"""Decoding as one jitted `lax.while_loop` over a documented state of static shape.
 
+A step verifies the drafts it was given and finds the next ones, in one pass of the model over real rows and mask rows;
+the block plan says how many of each (method.md, section 5). Plain decoding is the plan without drafts.
+"""
+
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from mtp_jax.decoding.choice import likeliest
+from mtp_jax.decoding.drafting import choose_drafts
+from mtp_jax.decoding.plan import BlockPlan
+from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, verify
 from mtp_jax.model.attention import empty_cache
-from mtp_jax.model.decoder import Cache, Decoder
+from mtp_jax.model.decoder import Cache, Decoder, MaskRows
 
 # Prompts are prefilled this many rows at a time, which bounds the memory of attention scores.
 PREFILL_CHUNK = 512
@@ -17,9 +27,15 @@ class DecodeState(NamedTuple):
     """What the loop carries. A sequence's newest token is in `tokens` but not yet in the cache."""
 
     tokens: Int[Array, "B S"]  # prompt, then emitted tokens; what lies beyond `length` means nothing
+    emitted_by: Int[Array, "B S"]  # the step that emitted each token; 0 for prefill
     length: Int[Array, " B"]  # verified tokens of each sequence, prompt included
     done: Bool[Array, " B"]  # a stop id was emitted or the limit reached; the sequence changes no more
     steps: Int[Array, " B"]  # decoding steps each sequence took part in; prefill is none
+    accepted: Int[Array, "B d+1"]  # how many of its steps emitted 0, 1, ... drafts
+    drafts: Int[Array, "B d"]  # what the next step verifies
+    valid: Int[Array, " B"]  # how many of these there are, from the first on
+    proposal: Proposal | None  # what they were drawn from, when sampling
+    keys: Key[Array, " B"]  # one for each sequence, whatever batch it is in
     cache: Cache  # slot s holds position s; slots from length - 1 on are overwritten before they are seen
 
 
@@ -30,67 +46,225 @@ class Limits(NamedTuple):
     stop_ids: Int[Array, " stops"]
 
 
-def decode(
-    model: Decoder,
-    variables: Any,
-    prompts: Int[Array, "B P"],
-    prompt_length: Int[Array, " B"],
-    limits: Limits,
-    slots: int,
-    cache_dtype: jnp.dtype,
-) -> DecodeState:
-    """Greedy decoding of right-padded prompts until every sequence is done.
+@dataclass(frozen=True)
+class Decoding:
+    """Everything static about a decoding loop. Hashable.
 
-    A sequence whose limit does not exceed its prompt is done from the start (padding of a batch).
-
-    Args:
-        slots: cache length S, at least the largest limit and P.
+    Its variables are `params`, and for a plan with masks `lora` (`mtp.lora.fused`) and `mtp` (masks, sampler).
     """
-    state, latest = prefill(model, variables, prompts, prompt_length, slots, cache_dtype)
-    state = emit(state._replace(done=limits.length <= prompt_length), latest, limits)
 
-    def step(state: DecodeState) -> DecodeState:
+    model: Decoder
+    plan: BlockPlan
+    sampler: str = "none"  # form of the sampler head
+    shortlist: int | None = 256  # candidates of each mask row that the sampler scores; None for the whole vocabulary
+    one_head: bool = False  # base head over all rows in one product, instead of real rows and then one block
+    sampling: SamplingKind | None = None  # None for greedy decoding
+
+    def decode(
+        self,
+        variables: Any,
+        prompts: Int[Array, "B P"],
+        prompt_length: Int[Array, " B"],
+        limits: Limits,
+        slots: int,
+        cache_dtype: jnp.dtype,
+        how: Tempering | None = None,
+        keys: Key[Array, " B"] | None = None,
+    ) -> DecodeState:
+        """Prefill and steps until every sequence is done.
+
+        Args:
+            slots: cache length S; at least P, and at least the largest limit and the plan's drafts.
+        """
+        state = self.prefill(variables, prompts, prompt_length, limits, slots, cache_dtype, how, keys)
+        return self.advance(variables, state, limits, None, how)
+
+    def advance(
+        self,
+        variables: Any,
+        state: DecodeState,
+        limits: Limits,
+        steps: Int[Array, ""] | None,
+        how: Tempering | None = None,
+    ) -> DecodeState:
+        """Steps until every sequence is done, or no more than `steps` of them."""
+
+        def unfinished(carry: tuple[Any, DecodeState]) -> Bool[Array, ""]:
+            taken, state = carry
+            going = ~jnp.all(state.done)
+            return going if steps is None else going & (taken < steps)
+
+        def step(carry: tuple[Any, DecodeState]) -> tuple[Any, DecodeState]:
+            taken, state = carry
+            return taken + 1, self.step(variables, state, limits, how)
+
+        return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+
+    def prefill(
+        self,
+        variables: Any,
+        prompts: Int[Array, "B P"],
+        prompt_length: Int[Array, " B"],
+        limits: Limits,
+        slots: int,
+        cache_dtype: jnp.dtype,
+        how: Tempering | None = None,
+        keys: Key[Array, " B"] | None = None,
+    ) -> DecodeState:
+        """Fill the cache with right-padded prompts, emit the first token of each, and draft behind it.
+
+        A sequence whose limit does not exceed its prompt is done from the start (padding of a batch).
+        """
+        B, P = prompts.shape
+        model, M, d = self.model, self.plan.block, self.plan.drafts
+        cache: Any = empty_cache(model.g, B, slots, cache_dtype, stacked=model.scanned)
+        last = jnp.zeros((B, model.g.D), model.dtype)
+        block = jnp.zeros((B, 0, model.g.D), model.dtype)
+        for start in range(0, P, PREFILL_CHUNK):
+            rows = prompts[:, start : start + PREFILL_CHUNK]
+            masks = None
+            if M and start + PREFILL_CHUNK >= P:  # by now all keys of every prompt are there
+                anchors = jnp.broadcast_to(prompt_length[:, None] - 1, (B, M))
+                offsets = np.arange(1, M + 1)
+                masks = MaskRows(variables["mtp"]["masks"][:M], anchors, offsets, np.zeros(M, int))
+            first = jnp.full(B, start)
+            latents, block, cache = self._rows(variables, rows, first, cache, masks)
+            at = prompt_length - 1 - start
+            here = jnp.take_along_axis(latents, jnp.clip(at, 0, rows.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+            last = jnp.where(((at >= 0) & (at < rows.shape[1]))[:, None], here, last)
+        keys = jax.vmap(jax.random.key)(jnp.zeros(B, jnp.uint32)) if keys is None else keys
+        zeros = jnp.zeros(B, jnp.int32)
+        empty = jnp.zeros((B, d), jnp.int32)
+        state = DecodeState(
+            tokens=jnp.zeros((B, slots), jnp.int32).at[:, :P].set(prompts),
+            emitted_by=jnp.zeros((B, slots), jnp.int32),
+            length=prompt_length,
+            done=limits.length <= prompt_length,
+            steps=zeros,
+            accepted=jnp.zeros((B, d + 1), jnp.int32),
+            drafts=empty,
+            valid=zeros,
+            proposal=None,
+            keys=keys,
+            cache=cache,
+        )
+        scores = self._logits(variables, last)
+        if self.sampling is None:
+            token = likeliest(scores)
+        else:
+            assert how is not None
+            p = distribution(scores, how, self.sampling.truncated)
+            token = draw(p, self._keys(state, 0))
+        if d:
+            drafts, proposal = self._drafts(variables, state, block, None, token, how)
+            state = state._replace(drafts=drafts, valid=jnp.full(B, d), proposal=proposal)
+        return _emit(state, empty, zeros, token, limits)
+
+    def step(self, variables: Any, state: DecodeState, limits: Limits, how: Tempering | None) -> DecodeState:
+        """Verify the drafts, emit what is accepted and the base model's token behind it, and draft anew."""
+        plan, d = self.plan, self.plan.drafts
+        B = len(state.length)
         newest = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
-        latents, cache = model.apply(variables, newest, state.length[:, None] - 1, cache=state.cache)
-        logits = model.apply(variables, latents[:, 0], method="logits")
-        state = state._replace(cache=cache, steps=state.steps + ~state.done)
-        return emit(state, jnp.argmax(logits, axis=-1), limits)
+        start = state.length - 1
+        masks = None
+        if plan.mask_rows:
+            behind, offsets = plan.blocks()
+            row = jnp.where(behind >= 0, behind, state.valid[:, None])
+            masks = MaskRows(variables["mtp"]["masks"][offsets - 1], start[:, None] + row, offsets, behind)
+        rows = jnp.concatenate([newest, state.drafts], axis=1)
+        real, latents, cache = self._rows(variables, rows, start, state.cache, masks)
 
-    return jax.lax.while_loop(lambda state: ~jnp.all(state.done), step, state)
+        all_scores = None
+        if self.one_head and plan.mask_rows:
+            scores, all_scores = jnp.split(self._logits(variables, jnp.concatenate([real, latents], 1)), [d + 1], 1)
+        else:
+            scores = self._logits(variables, real)
+        if self.sampling is None:
+            choice = likeliest(scores)
+            right = (state.drafts == choice[:, :d]) & (jnp.arange(d) < state.valid[:, None])
+            # A cumulative product, never a count: what follows a rejected draft was conditioned on it.
+            accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1)
+            token = jnp.take_along_axis(choice, accepted[:, None], axis=1)[:, 0]
+        else:
+            assert how is not None
+            p = distribution(scores, how, self.sampling.truncated)
+            proposal = state.proposal or Proposal(jnp.zeros((B, 0, 1), jnp.int32), jnp.zeros((B, 0, 1)))
+            accepted, token = verify(p, state.drafts, state.valid, proposal, self._keys(state, 0))
+
+        drafted = state
+        if plan.mask_rows:
+            if plan.floating:
+                block, block_scores = latents, all_scores
+                valid = jnp.where(accepted == state.valid, plan.floating, 0)
+            else:  # the block behind the last accepted row
+                sizes = np.asarray(plan.masks)
+                begins = jnp.asarray(np.cumsum(sizes) - sizes)[accepted]
+                at = jnp.minimum(begins[:, None] + np.arange(plan.block), plan.mask_rows - 1)[..., None]
+                block = jnp.take_along_axis(latents, at, axis=1)
+                block_scores = None if all_scores is None else jnp.take_along_axis(all_scores, at, axis=1)
+                valid = jnp.asarray(sizes)[accepted]
+            drafts, proposed = self._drafts(variables, state, block, block_scores, token, how)
+            drafted = state._replace(drafts=drafts, valid=valid, proposal=proposed)
+        drafted = drafted._replace(cache=cache, steps=state.steps + ~state.done)
+        return _emit(drafted, state.drafts, accepted, token, limits)
+
+    def _rows(self, variables: Any, tokens: Array, start: Array, cache: Cache, masks: MaskRows | None) -> Any:
+        base = {"params": variables["params"]}
+        return self.model.apply(base, tokens, start, cache, masks, variables.get("lora"), method="step")
+
+    def _logits(self, variables: Any, latents: Array) -> Float[Array, "... V"]:
+        return self.model.apply({"params": variables["params"]}, latents, method="logits")
+
+    def _drafts(
+        self,
+        variables: Any,
+        state: DecodeState,
+        block: Float[Array, "B M D"],
+        scores: Float[Array, "B M V"] | None,
+        first: Int[Array, " B"],
+        how: Tempering | None,
+    ) -> tuple[Array, Proposal | None]:
+        sampler = variables["mtp"].get("sampler")
+        if scores is None and (sampler is None or (self.shortlist or self.model.g.V) < self.model.g.V):
+            scores = self._logits(variables, block)
+        sampling = None
+        if self.sampling is not None:
+            assert how is not None
+            sampling = (self.sampling, how, self._keys(state, 1))
+        params = {"params": variables["params"]}
+        return choose_drafts(self.model, params, sampler, self.sampler, block, scores, first, self.shortlist, sampling)
+
+    def _keys(self, state: DecodeState, purpose: int) -> Key[Array, " B"]:
+        """Fresh keys for this step of each sequence: its length grows with every step."""
+        return jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, n), purpose))(
+            state.keys, state.length
+        )
 
 
-def prefill(
-    model: Decoder,
-    variables: Any,
-    prompts: Int[Array, "B P"],
-    prompt_length: Int[Array, " B"],
-    slots: int,
-    cache_dtype: jnp.dtype,
-    chunk: int = PREFILL_CHUNK,
-) -> tuple[DecodeState, Int[Array, " B"]]:
-    """Fill the cache with the prompts, a chunk of rows at a time; also the base model's first token after each."""
-    B, P = prompts.shape
-    cache: Any = empty_cache(model.g, B, slots, cache_dtype, stacked=model.scanned)
-    last = jnp.zeros((B, model.g.D), model.dtype)
-    for start in range(0, P, chunk):
-        rows = prompts[:, start : start + chunk]
-        positions = jnp.broadcast_to(start + jnp.arange(rows.shape[1]), rows.shape)
-        latents, cache = model.apply(variables, rows, positions, cache=cache)
-        at = prompt_length - 1 - start
-        here = jnp.take_along_axis(latents, jnp.clip(at, 0, rows.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-        last = jnp.where(((at >= 0) & (at < rows.shape[1]))[:, None], here, last)
-    tokens = jnp.zeros((B, slots), jnp.int32).at[:, :P].set(prompts)
-    zeros = jnp.zeros(B, jnp.int32)
-    state = DecodeState(tokens, prompt_length, zeros.astype(bool), zeros, cache)
-    return state, jnp.argmax(model.apply(variables, last, method="logits"), axis=-1)
-
-
-def emit(state: DecodeState, token: Int[Array, " B"], limits: Limits) -> DecodeState:
-    """Append one token to every sequence that is not done."""
-    B, S = state.tokens.shape
-    # Beyond the last slot for a sequence that is done: the write is dropped.
-    at = jnp.where(state.done, S, state.length)
-    tokens = state.tokens.at[jnp.arange(B), at].set(token.astype(jnp.int32), mode="drop")
-    length = state.length + ~state.done
-    stopped = jnp.any(token[:, None] == limits.stop_ids[None, :], axis=1)
-    return state._replace(tokens=tokens, length=length, done=state.done | stopped | (length >= limits.length))
+def _emit(
+    state: DecodeState, drafts: Int[Array, "B d"], accepted: Int[Array, " B"], token: Int[Array, " B"], limits: Limits
+) -> DecodeState:
+    """Append accepted drafts and the token behind them, up to a stop id or the limit."""
+    d = drafts.shape[1]
+    index = jnp.arange(d + 1)
+    run = jnp.concatenate([drafts, token[:, None]], axis=1)
+    run = jnp.where(index == accepted[:, None], token[:, None], run).astype(jnp.int32)
+    stop = jnp.any(run[..., None] == limits.stop_ids, axis=-1) & (index <= accepted[:, None])
+    until_stop = jnp.where(jnp.any(stop, axis=1), jnp.argmax(stop, axis=1) + 1, d + 2)
+    room = limits.length - state.length
+    count = jnp.minimum(jnp.minimum(accepted + 1, until_stop), room)
+    count = jnp.where(state.done, 0, count)
+    # Written whole; what lies beyond the new length means nothing.
+    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
+    steps = jnp.broadcast_to(state.steps[:, None], run.shape)
+    length = state.length + count
+    stopped = (until_stop <= count) | (length >= limits.length)
+    took_part = (state.steps > 0) & ~state.done  # not prefill
+    histogram = state.accepted.at[jnp.arange(len(count)), jnp.maximum(count - 1, 0)].add(took_part.astype(jnp.int32))
+    return state._replace(
+        tokens=write(state.tokens, run, state.length),
+        emitted_by=write(state.emitted_by, steps, state.length),
+        length=length,
+        done=state.done | stopped,
+        accepted=histogram,
+    )

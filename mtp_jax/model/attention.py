@@ -10,20 +10,31 @@ from mtp_jax.model.geometry import Geometry
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, slot s holding the token at position s of each row."""
+    """Keys and values of one layer, heads first: in a cache, slot s holds the token at position s."""
 
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S H"]
 
-    def write(self, k: Float[Array, "B R K H"], v: Float[Array, "B R K H"], start: Int[Array, " B"]) -> "LayerCache":
-        """Store R consecutive rows from position `start` of each sequence; S must be at least start + R."""
-        at = jax.vmap(lambda cache, rows, i: jax.lax.dynamic_update_slice_in_dim(cache, rows, i, axis=0))
-        return LayerCache(at(self.k, k.astype(self.k.dtype), start), at(self.v, v.astype(self.v.dtype), start))
+    @classmethod
+    def of_rows(cls, k: Float[Array, "B S K H"], v: Float[Array, "B S K H"]) -> "LayerCache":
+        """From rows as projections give them."""
+        return cls(k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    def write(self, rows: "LayerCache", start: Int[Array, " B"]) -> "LayerCache":
+        """Store consecutive rows from position `start` of each sequence; there must be slots for all of them."""
+
+        def into(cache: Array, rows: Array) -> Array:
+            rows = rows.astype(cache.dtype)
+            if len(cache) == 1:  # one plain slice; over a batch it becomes a scatter
+                return jax.lax.dynamic_update_slice_in_dim(cache, rows, start[0], axis=2)
+            return jax.vmap(lambda c, r, i: jax.lax.dynamic_update_slice_in_dim(c, r, i, axis=1))(cache, rows, start)
+
+        return jax.tree.map(into, self, rows)
 
 
 def empty_cache(g: Geometry, batch: int, slots: int, dtype: jnp.dtype, stacked: bool) -> LayerCache | list[LayerCache]:
     """A cache of zeros: one stacked [L, ...] for scanned layers, else one per layer."""
-    shape = (batch, slots, g.K, g.H)
+    shape = (batch, g.K, slots, g.H)
     if stacked:
         return LayerCache(jnp.zeros((g.L, *shape), dtype), jnp.zeros((g.L, *shape), dtype))
     return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(g.L)]
@@ -49,21 +60,43 @@ def visibility(
 
 def attend(
     q: Float[Array, "B R N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    held: LayerCache,
     visible: Bool[Array, "B R S"],
+    own: LayerCache | None = None,
+    own_visible: Bool[Array, "Q Q"] | None = None,
 ) -> Float[Array, "B R N H"]:
-    """Softmax attention, each key/value head serving N/K query heads; scores and softmax in float32."""
+    """Softmax attention, each key/value head serving N/K query heads; scores and softmax in float32.
+
+    The last Q rows may have keys and values of their own beside those held, in one softmax: the masks of a decoding
+    step, which are never held.
+    """
     B, R, N, H = q.shape
-    K = k.shape[2]
+    K, S = held.k.shape[1:3]
+    n = N // K
     # Heads before rows and a key/value head's queries side by side: plain batched products, twice as fast on CPU.
-    grouped = q.reshape(B, R, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * R, H)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = jnp.einsum("bkqh,bksh->bkqs", grouped, k, preferred_element_type=jnp.float32) * H**-0.5
-    scores = scores.reshape(B, K, N // K, R, -1)
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, N // K * R, -1)
-    out = jnp.einsum("bkqs,bksh->bkqh", weights, v).reshape(B, K, N // K, R, H)
+    rows = q.reshape(B, R, K, n, H).transpose(0, 2, 3, 1, 4)
+    lowest = jnp.finfo(jnp.float32).min
+
+    def scores(rows: Array, keys: Array, seen: Array) -> Array:
+        grouped = rows.reshape(B, K, -1, H)
+        product = jnp.einsum("bkqh,bksh->bkqs", grouped, keys, preferred_element_type=jnp.float32) * H**-0.5
+        return jnp.where(seen, product.reshape(*rows.shape[:-1], -1), lowest)
+
+    def weighted(weights: Array, values: Array) -> Array:
+        grouped = weights.astype(values.dtype).reshape(B, K, -1, values.shape[2])
+        return jnp.einsum("bkqs,bksh->bkqh", grouped, values).reshape(*weights.shape[:-1], H)
+
+    prefix = scores(rows, held.k, visible[:, None, None])
+    if own is None:
+        out = weighted(jax.nn.softmax(prefix, axis=-1), held.v)
+    else:
+        Q = own.k.shape[2]
+        inside = scores(rows[..., R - Q :, :], own.k, own_visible)
+        # Real rows see no mask: their weights there are exactly zero.
+        inside = jnp.pad(inside, [(0, 0)] * 3 + [(R - Q, 0), (0, 0)], constant_values=lowest)
+        weights = jax.nn.softmax(jnp.concatenate([prefix, inside], axis=-1), axis=-1)
+        out = weighted(weights[..., :S], held.v)
+        out = out.at[..., R - Q :, :].add(weighted(weights[..., R - Q :, S:], own.v))
     return out.transpose(0, 3, 1, 2, 4).reshape(B, R, N, H)
 
 
@@ -88,7 +121,7 @@ class Keys(NamedTuple):
 
 def attend_blocks(
     q: Float[Array, "B G M N H"],
-    own: LayerCache,
+    own: tuple[Array, Array],
     real: LayerCache,
     blocks: Blocks,
     keys: Keys,
@@ -97,8 +130,8 @@ def attend_blocks(
 ) -> Float[Array, "B G M N H"]:
     """Attention of mask rows: one softmax over the prefix up to the anchor and the own block up to the row.
 
-    The scores of `chunk` blocks exist at a time. `own` is [B, G, M, K, H], `real` [B, S, K, H]; a block of segment 0
-    sees itself alone. Plain XLA, so that gradients reach q, own, and real where real depends on what is trained.
+    The scores of `chunk` blocks exist at a time. `own` is k and v [B, G, M, K, H]; a block of segment 0 sees itself
+    alone. Plain XLA, so that gradients reach q, own, and real where real depends on what is trained.
     """
     B, G, M, N, H = q.shape
     c = min(chunk, G)
@@ -108,7 +141,7 @@ def attend_blocks(
         leaf = jnp.pad(leaf, [(0, 0), (0, count * c - G)] + [(0, 0)] * (leaf.ndim - 2))
         return jnp.moveaxis(leaf.reshape(B, count, c, *leaf.shape[2:]), 1, 0)
 
-    def part(of: tuple[Array, LayerCache, Blocks]) -> Array:
+    def part(of: tuple[Array, tuple[Array, Array], Blocks]) -> Array:
         return _attend_chunk(*of, real, keys, window)
 
     pieces = jax.tree.map(cut, (q, own, blocks))
@@ -120,19 +153,19 @@ def attend_blocks(
 
 def _attend_chunk(
     q: Float[Array, "B c M N H"],
-    own: LayerCache,
+    own: tuple[Array, Array],
     blocks: Blocks,
     real: LayerCache,
     keys: Keys,
     window: Int[Array, ""] | int | None,
 ) -> Float[Array, "B c M N H"]:
     B, c, M, N, H = q.shape
-    K = real.k.shape[2]
+    k, v = real
+    K = k.shape[1]
     n = N // K
     # [B, K, n, c, M, .]: the rows that share a key/value head side by side.
     heads = q.reshape(B, c, M, K, n, H).transpose(0, 3, 4, 1, 2, 5)
-    k, v = real.k.swapaxes(1, 2), real.v.swapaxes(1, 2)
-    own_k, own_v = own.k.transpose(0, 3, 1, 2, 4), own.v.transpose(0, 3, 1, 2, 4)  # [B, K, c, M, H]
+    own_k, own_v = (x.transpose(0, 3, 1, 2, 4) for x in own)  # [B, K, c, M, H]
 
     rows = heads.reshape(B, K, n * c * M, H)
     prefix = jnp.einsum("bkqh,bksh->bkqs", rows, k, preferred_element_type=jnp.float32) * H**-0.5

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mtp_jax.model.attention import Blocks, Keys, LayerCache, attend, attend_blocks, visibility
@@ -21,16 +22,28 @@ REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+# Mask rows, over the batch, that go through the MLP at a time where memory counts (remat "full").
+_MLP_ROWS = 1024
 Cache = LayerCache | Sequence[LayerCache]
 
 
 class Rows(NamedTuple):
-    """What all layers share about the rows of a call."""
+    """What all layers share about the rows of a call. Visibility differs by kind of layer: by window."""
 
     cos: Float[Array, "B R 1 H/2"]
     sin: Float[Array, "B R 1 H/2"]
-    visible: Bool[Array, "kinds B R S"]  # one mask for each kind of layer: each window that occurs
+    visible: Bool[Array, "kinds B R S"]
     start: Int[Array, " B"]  # position of the first row, where a cache is written
+    own_visible: Bool[Array, "kinds Q Q"] | None = None  # among the mask rows at the end, where there are any
+
+
+class MaskRows(NamedTuple):
+    """Mask rows behind the real rows of a decoding step, in blocks, each anchored to a verified token or a draft."""
+
+    embeddings: Float[Array, "Q D"]
+    anchors: Int[Array, "B Q"]  # position of each row's anchor
+    offsets: Int[np.ndarray, " Q"]  # 1, 2, ... within its block
+    blocks: Int[np.ndarray, " Q"]  # rows of one block bear one number
 
 
 class Projection(nn.Module):
@@ -111,17 +124,53 @@ class Layer(nn.Module):
         x: Float[Array, "B R D"],
         rows: Rows,
         kind: Int[Array, ""] | int,
-        cache: LayerCache | None,
         adapted: bool,
         keep: bool,
     ) -> tuple[Float[Array, "B R D"], LayerCache | None]:
-        """Real rows; returns the cache with them in it, or their own keys and values where these are to be kept."""
+        """Real rows of whole sequences; returns their keys and values where these are to be kept."""
         q, k, v = self._attention_inputs(x, rows.cos, rows.sin, adapted)
-        held = LayerCache(k, v) if cache is None else cache.write(k, v, rows.start)
-        h = attend(q, held.k.astype(x.dtype), held.v.astype(x.dtype), rows.visible[kind])
-        x = self._outputs(x, h, adapted)
+        held = LayerCache.of_rows(k, v)
+        x = self._mlp(self._attended(x, attend(q, held, rows.visible[kind]), adapted), adapted)
         self.sow("intermediates", "residual", x)
         return x, held if keep else None
+
+    def step(
+        self, x: Float[Array, "B R D"], rows: Rows, kind: Int[Array, ""] | int, cache: LayerCache, lora: Any
+    ) -> tuple[Float[Array, "B R D"], LayerCache]:
+        """Real rows, then mask rows, through each frozen product together; returns the cache with the real rows.
+
+        `lora` is what `mtp.lora.fused` makes of a layer's matrices; mask rows alone meet it.
+        """
+        g = self.g
+        Q = 0 if rows.own_visible is None else rows.own_visible.shape[-1]
+        real = x.shape[1] - Q
+
+        def project(names: tuple[str, ...], x: Array, shared: str) -> list[Array]:
+            out = [getattr(self, name)(x) for name in names]
+            adapted = [i for i, name in enumerate(names) if name in lora]
+            if Q and adapted:
+                inner = x[:, real:] @ lora[shared].astype(x.dtype)
+                for i, part in zip(adapted, jnp.split(inner, len(adapted), axis=-1), strict=True):
+                    change = part @ lora[names[i]].astype(x.dtype)
+                    out[i] = jnp.concatenate([out[i][:, :real], out[i][:, real:] + change], axis=1)
+            return out
+
+        heads = [(*x.shape[:2], count, g.H) for count in (g.N, g.K, g.K)]
+        q, k, v = map(jnp.reshape, project(("q", "k", "v"), self.attention_norm(x), "attention_in"), heads)
+        if g.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin)
+        # Rounded as they will be held, so that a token looks the same now and when it is read from the cache.
+        own = LayerCache.of_rows(k[:, real:], v[:, real:]) if Q else None
+        cache = cache.write(LayerCache.of_rows(k[:, :real], v[:, :real]), rows.start)
+        held = LayerCache(cache.k.astype(x.dtype), cache.v.astype(x.dtype))
+        own_visible = None if rows.own_visible is None else rows.own_visible[kind]
+        h = attend(q, held, rows.visible[kind], own, own_visible)
+        (h,) = project(("o",), h.reshape(*x.shape[:2], -1), "o_in")
+        x = x + h
+        gate, up = project(("gate", "up"), self.mlp_norm(x), "mlp_in")
+        (h,) = project(("down",), jax.nn.silu(gate) * up, "down_in")
+        return nn.with_logical_constraint(x + h, ("batch", None, None)), cache
 
     def masks(
         self,
@@ -133,12 +182,16 @@ class Layer(nn.Module):
         window: Int[Array, ""] | None,
         real: LayerCache,
         chunk: int,
+        parts: int,
     ) -> Float[Array, "B G M D"]:
-        """Mask rows, which see the real rows' keys and values and those of their own block."""
+        """Mask rows, which see the real rows' keys and values and those of their own block.
+
+        The MLP takes the blocks in `parts`: in its backward pass some ten arrays of width F exist at a time.
+        """
         q, k, v = self._attention_inputs(m, cos, sin, adapted=True)
-        real = LayerCache(real.k.astype(m.dtype), real.v.astype(m.dtype))
-        h = attend_blocks(q, LayerCache(k, v), real, blocks, keys, window, chunk)
-        return self._outputs(m, h, adapted=True)
+        h = attend_blocks(q, (k, v), real, blocks, keys, window, chunk)
+        m = self._attended(m, h, adapted=True)
+        return self._mlp(m, True) if parts == 1 else _in_parts(lambda m: self._mlp(m, True), m, parts)
 
     def _attention_inputs(self, x: Float[Array, "... D"], cos: Array, sin: Array, adapted: bool) -> tuple[Array, ...]:
         g = self.g
@@ -151,13 +204,24 @@ class Layer(nn.Module):
                 q, k = self.q_norm(q), self.k_norm(k)
             return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def _outputs(self, x: Float[Array, "... D"], h: Float[Array, "... N H"], adapted: bool) -> Float[Array, "... D"]:
+    def _attended(self, x: Float[Array, "... D"], h: Float[Array, "... N H"], adapted: bool) -> Float[Array, "... D"]:
         with jax.named_scope("attention"):
-            x = x + self.o(h.reshape(*x.shape[:-1], -1), adapted)
+            return x + self.o(h.reshape(*x.shape[:-1], -1), adapted)
+
+    def _mlp(self, x: Float[Array, "... D"], adapted: bool) -> Float[Array, "... D"]:
         with jax.named_scope("mlp"):
             h = self.mlp_norm(x)
             x = x + self.down(jax.nn.silu(self.gate(h, adapted)) * self.up(h, adapted), adapted)
         return nn.with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1))
+
+
+def _in_parts(f: Callable[[Array], Array], x: Float[Array, "B G M D"], parts: int) -> Float[Array, "B G M D"]:
+    """`f`, which acts on each row alone, applied to parts of the blocks; computed again in the backward pass."""
+    B, G, M, D = x.shape
+    c = -(-G // parts)
+    cut = jnp.pad(x, [(0, 0), (0, c * parts - G), (0, 0), (0, 0)]).reshape(B, parts, c, M, D)
+    out = jax.lax.map(jax.checkpoint(f), jnp.moveaxis(cut, 1, 0))
+    return jnp.moveaxis(out, 0, 1).reshape(B, c * parts, M, D)[:, :G]
 
 
 class Decoder(nn.Module):
@@ -187,44 +251,83 @@ class Decoder(nn.Module):
         tokens: Int[Array, "B R"],
         positions: Int[Array, "B R"],
         segments: Int[Array, "B R"] | None = None,
-        cache: Cache | None = None,
         adapted: bool = False,
         keep: bool = False,
-    ) -> tuple[Float[Array, "B R D"], Cache | None]:
-        """Latents of real rows after the final norm, and the cache with these rows written at their positions.
-
-        Without a cache a row sees the rows of its own segment up to its position. With one it sees every slot up to
-        its position; the rows of a sequence then have consecutive positions and there are no segments.
+    ) -> tuple[Float[Array, "B R D"], LayerCache | None]:
+        """Latents after the final norm of real rows of whole sequences; a row sees its own segment up to its position.
 
         Args:
             adapted: let real rows meet the LoRA too: standard LoRA, to show what the gate prevents.
-            keep: without a cache, return the rows' own keys and values in its place, for mask blocks to see.
+            keep: return the rows' keys and values, stacked by layer, for mask blocks to see.
         """
-        g, keep = self.g, keep or cache is not None
+        g = self.g
         x = self.embed()[tokens].astype(self.dtype)
         x = nn.with_logical_constraint(x, ("batch", "rows", None))
-        windows = sorted(set(g.windows), key=lambda window: (window is None, window))
-        kinds = [windows.index(window) for window in g.windows]
-        keys, key_segments = positions, segments
-        if cache is not None:
-            assert segments is None
-            slots = (cache if isinstance(cache, LayerCache) else cache[0]).k.shape[-3]
-            keys = jnp.broadcast_to(jnp.arange(slots), (len(tokens), slots))
-        visible = jnp.stack([visibility(positions, keys, segments, key_segments, window) for window in windows])
+        windows, kinds = self._windows()
+        visible = jnp.stack([visibility(positions, positions, segments, segments, window) for window in windows])
         rows = Rows(*angles(g.rope, positions), visible, positions[:, 0])
 
-        def body(layer: Layer, x: Array, kind: Any, cache: LayerCache | None) -> tuple[Array, LayerCache | None]:
-            return layer.real(x, rows, kind, cache, adapted, keep)
+        def body(layer: Layer, x: Array, kind: Any) -> tuple[Array, LayerCache | None]:
+            return layer.real(x, rows, kind, adapted, keep)
 
         if self.scanned:
-            x, cache = self._scan(self._rematerialised(body))(self.layers, x, jnp.asarray(kinds), cache)
+            x, kept = self._scan(self._rematerialised(body))(self.layers, x, jnp.asarray(kinds))
+        else:
+            kept = None
+            for layer, kind in zip(self.layer, kinds, strict=True):
+                x, _ = body(layer, x, kind)
+        return self.norm(x), kept
+
+    def step(
+        self,
+        tokens: Int[Array, "B R"],
+        start: Int[Array, " B"],
+        cache: Cache,
+        masks: MaskRows | None = None,
+        lora: Any = None,
+    ) -> tuple[Float[Array, "B R D"], Float[Array, "B Q D"], Cache]:
+        """Latents of real rows and of mask rows after the final norm, and the cache with the real rows written.
+
+        Real rows are consecutive from position `start`; each sees every slot up to its position. A mask row sees the
+        slots up to its anchor and the masks of its own block up to itself.
+
+        Args:
+            lora: what `mtp.lora.fused` makes of the collection; mask rows alone meet it.
+        """
+        g, R = self.g, tokens.shape[1]
+        x = self.embed()[tokens].astype(self.dtype)
+        positions = reach = start[:, None] + jnp.arange(R)
+        own = None
+        windows, kinds = self._windows()
+        if masks is not None:
+            Q = len(masks.offsets)
+            m = jnp.broadcast_to(masks.embeddings.astype(self.dtype), (len(x), Q, g.D))
+            x = jnp.concatenate([x, m], axis=1)
+            positions = jnp.concatenate([positions, masks.anchors + masks.offsets], axis=1)
+            reach = jnp.concatenate([reach, masks.anchors], axis=1)
+            back = masks.offsets[:, None] - masks.offsets[None, :]
+            inside = (masks.blocks[:, None] == masks.blocks[None, :]) & (back >= 0)
+            own = jnp.stack([jnp.asarray(inside & (window is None or back < window)) for window in windows])
+        slots = jnp.arange((cache if isinstance(cache, LayerCache) else cache[0]).k.shape[-2])
+        seen = slots <= reach[..., None]
+        distance = positions[..., None] - slots  # a window is measured from a row's own position
+        visible = jnp.stack([seen if window is None else seen & (distance < window) for window in windows])
+        rows = Rows(*angles(g.rope, positions), visible, start, own)
+
+        def body(layer: Layer, x: Array, kind: Any, cache: LayerCache, lora: Any) -> tuple[Array, LayerCache]:
+            return layer.step(x, rows, kind, cache, lora)
+
+        if self.scanned:
+            assert isinstance(cache, LayerCache)
+            x, cache = self._scan(body)(self.layers, x, jnp.asarray(kinds), cache, (lora or {}).get("layers", {}))
         else:
             written = []
             for i, layer in enumerate(self.layer):
-                x, layer_cache = body(layer, x, kinds[i], None if cache is None else cache[i])
+                x, layer_cache = body(layer, x, kinds[i], cache[i], (lora or {}).get(f"layer_{i}", {}))
                 written.append(layer_cache)
-            cache = written if keep else None  # type: ignore[assignment]
-        return self.norm(x), cache
+            cache = written
+        x = self.norm(x)
+        return x[:, :R], x[:, R:], cache
 
     def masks(
         self,
@@ -249,8 +352,11 @@ class Decoder(nn.Module):
         windowed = any(window is not None for window in g.windows)
         windows = jnp.asarray([window or jnp.iinfo(jnp.int32).max for window in g.windows]) if windowed else None
 
+        rows = blocks.anchors.size * M
+        parts = -(-rows // _MLP_ROWS) if self.remat == "full" else 1
+
         def body(layer: Layer, m: Array, window: Any, real: LayerCache) -> tuple[Array, None]:
-            return layer.masks(m, cos, sin, blocks, keys, window, real, chunk), None
+            return layer.masks(m, cos, sin, blocks, keys, window, real, chunk, parts), None
 
         m, _ = self._scan(self._rematerialised(body))(self.layers, m, windows, real)
         return self.norm(m)
@@ -268,6 +374,11 @@ class Decoder(nn.Module):
     def unembedding(self) -> Float[Array, "V D"]:
         """The table of the base head, as stored."""
         return self.embed() if self.g.tied else self.unembed()
+
+    def _windows(self) -> tuple[list[int | None], list[int]]:
+        """The windows that occur, and which of them each layer has."""
+        windows = sorted(set(self.g.windows), key=lambda window: (window is None, window))
+        return windows, [windows.index(window) for window in self.g.windows]
 
     def _rematerialised(self, body: Callable[..., Any]) -> Callable[..., Any]:
         return body if self.remat == "none" else nn.remat(body, policy=REMAT_POLICIES[self.remat])

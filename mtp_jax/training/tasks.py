@@ -12,7 +12,8 @@ from mtp_jax.config import Config
 from mtp_jax.data.encoding import Encoder
 from mtp_jax.data.examples import Example
 from mtp_jax.data.pipeline import Anchors, Batch
-from mtp_jax.decoding.loop import Limits, decode
+from mtp_jax.decoding.loop import Decoding, Limits
+from mtp_jax.decoding.plan import BlockPlan
 from mtp_jax.errors import UserError
 from mtp_jax.model.folder import find_folder, read_geometry, read_json, stop_ids
 from mtp_jax.model.folder_writer import parameter_count, write_folder
@@ -164,7 +165,7 @@ class MultiTokenTask:
         @jax.jit
         def run(variables: Any, prompts: Any) -> Any:
             limits = Limits(lengths + limit - length, stops)
-            state = decode(model, variables, prompts, lengths, limits, limit, model.dtype)
+            state = Decoding(model, BlockPlan((0,))).decode(variables, prompts, lengths, limits, limit + 1, model.dtype)
             return state.tokens, state.length
 
         tokens, ends = run(self.frozen, jnp.asarray(prompts, jnp.int32))

@@ -41,7 +41,7 @@ def test_json_holds_text_tokens_steps_and_seconds(command, file, small_folder):
     records = [json.loads(line) for line in outcome.out.splitlines()]
     generator = Generator.load(str(small_folder))
     for record, prompt in zip(records, PROMPTS, strict=True):
-        assert record.keys() == {"text", "token_ids", "new_tokens", "steps", "seconds"}
+        assert record.keys() == {"text", "token_ids", "new_tokens", "steps", "seconds", "accepted"}
         (alone,) = generator([prompt], 6)
         assert record["token_ids"] == alone.token_ids and record["text"] == generator.text(alone)
         assert (record["new_tokens"], record["steps"]) == (len(alone.token_ids), len(alone.token_ids) - 1)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mtp_jax.decoding.generator import Generator
-from mtp_jax.decoding.loop import Limits, decode
+from mtp_jax.decoding.loop import Limits
 from mtp_jax.errors import UserError
 
 # A divergence is a tie only where the two best logits are closer than this.
@@ -210,7 +210,7 @@ def test_a_row_without_room_takes_no_step(small):
     generator, prompts = small
     rows = jnp.asarray([prompts[1], prompts[1]])
     limits = Limits(jnp.asarray([9, 0]), jnp.zeros(0, jnp.int32))
-    state = decode(generator.model, generator.variables, rows, jnp.asarray([5, 5]), limits, 16, jnp.float32)
+    state = generator.decoding().decode(generator.variables, rows, jnp.asarray([5, 5]), limits, 16, jnp.float32)
     assert state.length.tolist() == [9, 5]
     assert state.steps.tolist() == [3, 0]
     assert state.done.tolist() == [True, True]

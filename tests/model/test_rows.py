@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.decoding.loop import prefill
+from mtp_jax.decoding import loop
+from mtp_jax.decoding.loop import Decoding, Limits
+from mtp_jax.decoding.plan import BlockPlan
 from mtp_jax.model.attention import empty_cache
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import unstack_layers
@@ -77,8 +79,7 @@ def test_chunked_prefill_changes_no_logit(case, chunk, scanned):
 
     @jax.jit
     def run(tokens, start, cache):
-        positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-        latents, cache = model.apply({"params": params}, tokens, positions, cache=cache)
+        latents, _, cache = model.apply({"params": params}, tokens, jnp.full(2, start), cache, method="step")
         return model.apply({"params": params}, latents, method="logits"), cache
 
     cache, seen = empty_cache(g, 2, LENGTH + 4, jnp.float32, stacked=scanned), []
@@ -93,9 +94,8 @@ def test_what_a_cache_holds_beyond_a_row_is_not_seen(case):
     g, params, documents, plain = case
     model = Decoder(g)
     cache = jax.tree.map(lambda a: jnp.full_like(a, 1e3), empty_cache(g, 2, LENGTH + 4, jnp.float32, stacked=True))
-    positions = np.broadcast_to(np.arange(LENGTH), documents.shape)
     with jax.default_matmul_precision("highest"):
-        latents, _ = model.apply({"params": params}, documents, positions, cache=cache)
+        latents, _, _ = model.apply({"params": params}, documents, jnp.zeros(2, int), cache, method="step")
         out = model.apply({"params": params}, latents, method="logits")
     assert worst(np.asarray(out), plain) <= CLOSE
 
@@ -104,25 +104,29 @@ def test_rows_of_a_batch_may_be_at_different_positions(case):
     g, params, documents, plain = case
     model = Decoder(g)
     begins = jnp.asarray([LENGTH - 4, 10])
-    positions = np.broadcast_to(np.arange(LENGTH), documents.shape)
+    cache = empty_cache(g, 2, LENGTH, jnp.float32, stacked=True)
     with jax.default_matmul_precision("highest"):
-        _, cache = model.apply(
-            {"params": params}, documents, positions, cache=empty_cache(g, 2, LENGTH, jnp.float32, stacked=True)
-        )
+        _, _, cache = model.apply({"params": params}, documents, jnp.zeros(2, int), cache, method="step")
         at = begins[:, None] + jnp.arange(3)
-        latents, _ = model.apply({"params": params}, jnp.take_along_axis(documents, at, 1), at, cache=cache)
+        again = jnp.take_along_axis(documents, at, 1)
+        latents, _, _ = model.apply({"params": params}, again, begins, cache, method="step")
         out = model.apply({"params": params}, latents, method="logits")
     assert worst(np.asarray(out), np.take_along_axis(plain, np.asarray(at)[..., None], 1)) <= CLOSE
 
 
 @pytest.mark.parametrize("chunk", [8, 64])
-def test_prefill_of_ragged_prompts_gives_the_first_token_of_each(case, chunk):
+def test_prefill_of_ragged_prompts_gives_the_first_token_of_each(case, chunk, monkeypatch):
     g, params, documents, plain = case
+    monkeypatch.setattr(loop, "PREFILL_CHUNK", chunk)
     lengths = np.array([LENGTH, 6])
+    limits = Limits(jnp.asarray(lengths + 1), jnp.zeros(0, int))
+    decoding = Decoding(Decoder(g), BlockPlan((0,)))
     with jax.default_matmul_precision("highest"):
-        _, first = jax.jit(
-            lambda params, prompts, lengths: prefill(
-                Decoder(g), {"params": params}, prompts, lengths, LENGTH + 3, jnp.float32, chunk
+        state = jax.jit(
+            lambda params, prompts, lengths: decoding.prefill(
+                {"params": params}, prompts, lengths, limits, LENGTH + 3, jnp.float32
             )
         )(params, documents, lengths)
+    first = np.take_along_axis(np.asarray(state.tokens), lengths[:, None], axis=1)[:, 0]
     assert first.tolist() == [plain[0, -1].argmax(), plain[1, 5].argmax()]
+    assert state.done.all() and state.steps.tolist() == [0, 0]

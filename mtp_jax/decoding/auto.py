@@ -1,0 +1,148 @@
+"""The block plan with the most expected tokens per second on this machine, from a short calibration.
+
+What a step costs is measured, plan by plan; how many tokens it gives follows from the acceptance by depth, which one
+run with the deepest plan shows. The choice is kept on disk per model, adapter, batch and device.
+"""
+
+import hashlib
+import json
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mtp_jax.decoding.generator import Completion, Generator
+from mtp_jax.decoding.plan import BlockPlan, linear, parse_plan, plain, quadratic
+
+CACHE = "~/.cache/mtp_jax/plans"
+_DRAFTS = (1, 2, 3, 4, 6, 8)
+_ROUNDS = 3
+_HOPELESS = 0.8  # of the best plan's tokens per second: deeper quadratic plans are then left out
+_FINALISTS = 3  # plans that only the cost by rows has been told of, measured before the choice
+
+
+class Choice(NamedTuple):
+    """A plan, and what was measured."""
+
+    plan: BlockPlan
+    expected: dict[str, float]  # tokens per second and sequence, by plan
+
+    def __str__(self) -> str:
+        shown = sorted(self.expected.items(), key=lambda item: -item[1])[:5]
+        return f"auto: {self.plan} (expected tokens/s: {', '.join(f'{name} {rate:.0f}' for name, rate in shown)})"
+
+
+def survival(completions: list[Completion]) -> np.ndarray:
+    """Probability that the drafts up to depth 1, 2, ... are all accepted; full limits and stop ids cut some short."""
+    histogram = np.sum([completion.accepted for completion in completions], axis=0)
+    return np.cumsum(histogram[::-1])[::-1][1:] / max(histogram.sum(), 1)
+
+
+def expected_tokens(plan: BlockPlan, survives: np.ndarray) -> float:
+    """Tokens per step in the long run: the stationary mean of the chain over the number of valid drafts.
+
+    Args:
+        survives: probability that the drafts up to depth 1, 2, ... are all accepted, at least as deep as the plan.
+    """
+    d = plan.drafts
+    reach = np.concatenate([[1.0], survives[:d], [0.0]])
+    move, gain = np.zeros((d + 1, d + 1)), np.zeros(d + 1)
+    for valid in range(d + 1):
+        for accepted in range(valid + 1):
+            chance = reach[accepted] - (reach[accepted + 1] if accepted < valid else 0.0)
+            unused = plan.floating and accepted < valid  # the floating block stood behind a draft that fell
+            move[valid, 0 if unused else plan.floating or plan.masks[accepted]] += chance
+            gain[valid] += chance * (accepted + 1)
+    share = np.full(d + 1, 1 / (d + 1))
+    for _ in range(200):  # averaged over two steps, as the linear plan's chain may be periodic
+        share = 0.5 * (share + share @ move)
+    return float(share @ gain)
+
+
+def candidates(masks: int) -> list[BlockPlan]:
+    """Plans beside the quadratic ones that may be best: a floating block, and fewer masks behind later rows."""
+    plans = [linear(d) for d in _DRAFTS if d <= masks]
+    for d in (d for d in _DRAFTS if d <= masks):
+        plans += [BlockPlan((d,) * (d + 1 - k) + (0,) * k) for k in range(1, d + 1)]
+        for least in range(1, d):
+            plans.append(BlockPlan((d, *(max(least, d - g) for g in range(1, d + 1)))))
+            plans.append(BlockPlan((d, *([least] * d))))
+    return list(dict.fromkeys(plans))
+
+
+def choose_plan(
+    generator: Generator, prompts: list[list[int]], batch_size: int, new_tokens: int = 64, cache: str | None = CACHE
+) -> Choice:
+    """Measure on `prompts` and choose; sets `generator.plan`.
+
+    Args:
+        cache: folder of earlier choices; None to measure anew and keep nothing.
+    """
+    assert generator.shape is not None
+    kept = None if cache is None else Path(cache).expanduser() / f"{_identity(generator, batch_size)}.json"
+    if kept is not None and kept.is_file():
+        stored = json.loads(kept.read_text())
+        generator.plan = parse_plan(stored["plan"])
+        return Choice(generator.plan, stored["expected"])
+    prompts = prompts[: max(8, batch_size)]
+    prompts = (prompts * batch_size)[: -(-len(prompts) // batch_size) * batch_size]  # whole batches
+
+    def run(plan: BlockPlan) -> list[Completion]:
+        generator.plan = plan
+        return generator.complete(prompts, new_tokens, batch_size)
+
+    def cost(done: list[Completion]) -> float:
+        """Seconds of a step: a batch goes on until its last sequence ends."""
+        batches = [done[at : at + batch_size] for at in range(0, len(done), batch_size)]
+        return sum(batch[0].seconds for batch in batches) / max(sum(max(c.steps for c in b) for b in batches), 1)
+
+    seconds: dict[BlockPlan, float] = {}
+    survives = np.zeros(0)
+
+    def measure(plans: list[BlockPlan]) -> None:
+        nonlocal survives
+        for plan in plans:
+            run(plan)  # compiles
+        rounds = [{plan: run(plan) for plan in plans} for _ in range(_ROUNDS)]  # in turn: machines drift
+        for plan in plans:
+            seconds[plan] = statistics.median(cost(done[plan]) for done in rounds)
+            found = survival(rounds[0][plan])
+            if len(set(plan.masks)) == 1 and not plan.floating and len(found) > len(survives):
+                survives = found
+
+    def rate(plan: BlockPlan, step: float) -> float:
+        return expected_tokens(plan, survives) / step
+
+    measure([plain(), quadratic(1)])
+    for d in (d for d in _DRAFTS[1:] if d <= generator.shape.masks):
+        measure([quadratic(d)])
+        best = max(rate(plan, step) for plan, step in seconds.items())
+        if rate(quadratic(d), seconds[quadratic(d)]) < _HOPELESS * best:
+            break
+    rows = sorted((plan.rows, step) for plan, step in seconds.items())
+    predicted = {
+        plan: rate(plan, float(np.interp(plan.rows, *zip(*rows, strict=True))))
+        for plan in candidates(generator.shape.masks)
+        if plan.drafts <= len(survives)
+    }
+    ranked = sorted(predicted, key=lambda plan: -predicted[plan])[:_FINALISTS]
+    leaders = sorted(seconds, key=lambda plan: -rate(plan, seconds[plan]))[:2]
+    measure(list(dict.fromkeys([*ranked, *leaders, plain()])))
+    expected = {str(plan): rate(plan, step) for plan, step in seconds.items()}
+    chosen = max(seconds, key=lambda plan: expected[str(plan)])
+    generator.plan = chosen
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(".part")
+        part.write_text(json.dumps({"plan": str(chosen), "expected": expected}))
+        part.rename(kept)
+    return Choice(chosen, expected)
+
+
+def _identity(generator: Generator, batch_size: int) -> str:
+    device = jax.devices()[0]
+    of: list[Any] = [generator.identity, batch_size, device.device_kind, jax.device_count(), str(generator.dtype)]
+    of += [generator.shortlist, generator.one_head, jax.__version__]
+    return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]

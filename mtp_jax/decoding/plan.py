@@ -1,0 +1,108 @@
+"""Block plans: how many drafts a decoding step verifies, and how many masks stand behind each real row (method.md, 5).
+
+The real rows of a step are the newest verified token and the drafts behind it. Each may have a block of masks of its
+own, whose outputs are the next drafts if that row is the last accepted one (quadratic decoding). Or one block floats:
+it stands behind the last valid draft, and is of use only where every draft was accepted (linear decoding).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtp_jax.errors import UserError
+
+_FORMS = "none, linear:M, quadratic:M, blocks:M0,M1,... (masks behind each real row) or auto"
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """A static description of a decoding step. Hashable, so that it can be a static argument."""
+
+    masks: tuple[int, ...]  # behind each real row; there is one real row more than there are drafts
+    floating: int = 0  # masks of the block behind the last valid draft
+
+    @property
+    def drafts(self) -> int:
+        """How many drafts a step verifies."""
+        return len(self.masks) - 1
+
+    @property
+    def block(self) -> int:
+        """Masks of the longest block."""
+        return max(*self.masks, self.floating)
+
+    @property
+    def mask_rows(self) -> int:
+        """Mask rows of a step."""
+        return sum(self.masks) + self.floating
+
+    @property
+    def rows(self) -> int:
+        """All rows of a step."""
+        return len(self.masks) + self.mask_rows
+
+    def blocks(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each mask row, the real row it stands behind (-1: the last valid draft) and its number in the block."""
+        anchors = [np.full(count, row) for row, count in enumerate(self.masks)] + [np.full(self.floating, -1)]
+        offsets = [np.arange(1, count + 1) for count in (*self.masks, self.floating)]
+        return np.concatenate(anchors).astype(np.int32), np.concatenate(offsets).astype(np.int32)
+
+    def __str__(self) -> str:
+        M = self.drafts
+        if self.rows == 1:
+            return "none"
+        if self.floating:
+            return f"linear:{M}"
+        if set(self.masks) == {M}:
+            return f"quadratic:{M}"
+        return f"blocks:{','.join(map(str, self.masks))}"
+
+
+def plain() -> BlockPlan:
+    """Autoregressive decoding: no drafts."""
+    return BlockPlan((0,))
+
+
+def linear(M: int) -> BlockPlan:
+    """M drafts, and one floating block of M masks [paper]."""
+    return BlockPlan((0,) * (M + 1), M)
+
+
+def quadratic(M: int) -> BlockPlan:
+    """M drafts, and M masks behind every real row: (M + 1)^2 rows [paper]."""
+    return BlockPlan((M,) * (M + 1))
+
+
+def parse_plan(text: str) -> BlockPlan:
+    """A plan from its name; `auto` is none, it chooses one (`decoding/auto.py`).
+
+    Raises:
+        UserError: an unknown plan, or one that could never draft again after a rejection.
+    """
+    kind, _, rest = text.partition(":")
+    if text == "none":
+        return plain()
+    try:
+        numbers = [int(part) for part in rest.split(",")]
+    except ValueError:
+        numbers = []
+    if kind in ("linear", "quadratic") and len(numbers) == 1:
+        if numbers[0] < 1:
+            raise UserError(f"--plan {text}: should have at least 1 mask; none is plain decoding.")
+        return linear(numbers[0]) if kind == "linear" else quadratic(numbers[0])
+    if kind != "blocks" or not numbers:
+        raise UserError(f"--plan {text}: unknown plan; give {_FORMS}.")
+    if min(numbers) < 0:
+        raise UserError(f"--plan {text}: numbers of masks should be at least 0.")
+    if len(numbers) == 1:
+        raise UserError(f"--plan {text}: has no drafts to verify; give the masks behind each of two real rows or more.")
+    if numbers[0] == 0:
+        raise UserError(
+            f"--plan {text}: could never draft again after a rejection, as no masks stand behind the first row."
+        )
+    if max(numbers) != len(numbers) - 1:
+        raise UserError(
+            f"--plan {text}: verifies {len(numbers) - 1} drafts, but its longest block gives {max(numbers)}; "
+            "they should be equal."
+        )
+    return BlockPlan(tuple(numbers))

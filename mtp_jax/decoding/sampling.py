@@ -1,0 +1,92 @@
+"""Lossless speculative sampling: what is emitted is distributed as if the base model had been sampled token by token.
+
+Each draft s was drawn from a known distribution q (one point of mass 1 for greedy drafts) and is accepted with
+probability min(1, p(s) / q(s)), p being the base model's distribution after temperature, top-k and top-p. The first one
+rejected is replaced by a draw from the residual (p - q)+, normalised (method.md, section 5).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+
+@dataclass(frozen=True)
+class SamplingKind:
+    """What of sampling is compiled in; the numbers are run-time values."""
+
+    truncated: bool  # top-k or top-p is set
+    sampled_drafts: bool  # drafts are drawn from the sampler head, not its likeliest tokens
+
+
+class Tempering(NamedTuple):
+    """How a distribution is made from logits, in this order."""
+
+    temperature: Float[Array, ""]  # above 0
+    top_k: Int[Array, ""]  # V for all
+    top_p: Float[Array, ""]  # 1 for all
+
+
+class Proposal(NamedTuple):
+    """The distribution that each draft was drawn from, over C candidate tokens; the rest have probability 0."""
+
+    ids: Int[Array, "B d C"]
+    probabilities: Float[Array, "B d C"]
+
+
+def distribution(logits: Float[Array, "... V"], how: Tempering, truncated: bool) -> Float[Array, "... V"]:
+    """Tempered probabilities, float32.
+
+    top-p keeps the smallest set of likeliest tokens, among those that top-k left, whose probability reaches it.
+    """
+    logits = logits.astype(jnp.float32) / how.temperature
+    if truncated:
+        ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        ordered = jnp.where(jnp.arange(ordered.shape[-1]) < how.top_k, ordered, -jnp.inf)
+        share = jax.nn.softmax(ordered, axis=-1)
+        kept = jnp.cumsum(share, axis=-1) - share < how.top_p
+        lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= lowest, logits, -jnp.inf)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def verify(
+    p: Float[Array, "B R V"],
+    drafts: Int[Array, "B d"],
+    valid: Int[Array, " B"],
+    q: Proposal,
+    keys: Key[Array, " B"],
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """How many drafts are accepted, and the token behind them.
+
+    Args:
+        p: the base model's distribution at each real row; row i judges draft i, R = d + 1.
+        valid: how many of the drafts there are.
+    """
+    B, d = drafts.shape
+    accept_keys, draw_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 2))(keys), 1, 0)
+    here = jnp.take_along_axis(p[:, :d], drafts[..., None], axis=-1)[..., 0]
+    there = jnp.sum(jnp.where(q.ids == drafts[..., None], q.probabilities, 0.0), axis=-1)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (d,)))(accept_keys)
+    accept = (uniform * there < here) & (jnp.arange(d) < valid[:, None])
+    # A cumulative product, never a count: what follows a rejected draft was conditioned on it.
+    accepted = jnp.sum(jnp.cumprod(accept, axis=1), axis=1)
+    left = jnp.take_along_axis(p, accepted[:, None, None], axis=1)[:, 0]
+    if d:
+        at = jnp.minimum(accepted, d - 1)[:, None, None]
+        ids = jnp.take_along_axis(q.ids, at, axis=1)[:, 0]
+        mass = jnp.take_along_axis(q.probabilities, at, axis=1)[:, 0]
+        rejected = (accepted < valid)[:, None]
+        taken = jnp.zeros_like(left).at[jnp.arange(B)[:, None], ids].add(mass)
+        residual = jnp.maximum(left - taken, 0.0)
+        # p and q can only be equal up to rounding where a rejection is as improbable.
+        some = jnp.sum(residual, axis=-1, keepdims=True) > 0
+        left = jnp.where(rejected & some, residual, left)
+    return accepted, draw(left, draw_keys)
+
+
+def draw(probabilities: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
+    """One token for each row, from probabilities that need not add up to 1."""
+    return jax.vmap(jax.random.categorical)(keys, jnp.log(probabilities))

@@ -1,0 +1,239 @@
+"""Decoding with drafts gives the tokens of plain decoding, whatever the adapter holds, in as few steps as it can."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax.decoding import loop
+from mtp_jax.decoding.generator import Generator, adapter_variables
+from mtp_jax.decoding.plan import linear, parse_plan, quadratic
+from mtp_jax.errors import UserError
+from mtp_jax.model.folder import load_params
+from mtp_jax.model.weights import PROJECTIONS
+from mtp_jax.mtp.adapter import AdapterShape, init_adapter
+from mtp_jax.mtp.adapter_folder import fingerprint, write_adapter
+from mtp_jax.mtp.estimate import Continuations, Estimator, tokens_per_step
+
+M = 4
+NEW = 40
+PLANS = ["linear:1", "linear:4", "quadratic:1", "quadratic:2", "quadratic:4", "blocks:3,1,0,2", "blocks:4,2,1,1,4"]
+
+
+def noise(generator, sampler="residual", scale=0.3):
+    """An adapter full of noise."""
+    shape = AdapterShape(M, 8, 16.0, PROJECTIONS, sampler)
+    table = generator.variables["params"]["embed"]["embedding"]
+    adapter = init_adapter(generator.g, shape, table, jax.random.key(1))
+    drawn = iter(jax.random.split(jax.random.key(2), 100))
+    adapter = jax.tree.map(lambda x: x + scale * jax.random.normal(next(drawn), x.shape), adapter)
+    return shape, adapter
+
+
+def equipped(folder, dtype="float32", **options):
+    """A generator without stop ids whose adapter is noise."""
+    generator = Generator.load(str(folder), dtype)
+    generator.stops = ()
+    shape, adapter = noise(generator, **options)
+    generator.shape = shape
+    generator.variables |= adapter_variables(adapter, shape, generator.dtype)
+    return generator, adapter
+
+
+@pytest.fixture(scope="module")
+def small(small_folder):
+    """A generator with a noise adapter, ragged prompts, and what plain decoding makes of them."""
+    generator, _ = equipped(small_folder)
+    draw = np.random.default_rng(5)
+    prompts = [draw.integers(2, 256, length).tolist() for length in (1, 5, 20)]
+    return generator, prompts, [done.token_ids for done in generator.complete(prompts, NEW, 1)]
+
+
+def decoded(generator, plan, *arguments, **options):
+    before = generator.plan
+    generator.plan = parse_plan(plan) if isinstance(plan, str) else plan
+    try:
+        return generator.complete(*arguments, **options)
+    finally:
+        generator.plan = before
+
+
+class Oracle:
+    """Drafts that are the tokens of given texts, in place of the sampler's."""
+
+    def __init__(self, texts, wrong_from=None):
+        width = max(map(len, texts)) + 2 * M + 2
+        self.texts = jnp.asarray([text + [0] * (width - len(text)) for text in texts])
+        self.wrong_from = wrong_from  # drafts from this one on are wrong
+
+    def patch(self, monkeypatch):
+        oracle = self
+
+        def drafts(decoding, variables, state, block, scores, first, how):
+            count, V = block.shape[1], decoding.model.g.V
+            # `first` is to be emitted behind what is accepted: found by looking where the text goes on so.
+            accepted = oracle.position(state, first)
+            at = accepted[:, None] + jnp.arange(count)
+            right = jnp.take_along_axis(oracle.texts, jnp.minimum(at, oracle.texts.shape[1] - 1), axis=1)
+            if oracle.wrong_from is not None:
+                right = jnp.where(jnp.arange(count) >= oracle.wrong_from, (right + 1) % V, right)
+            return right, None
+
+        monkeypatch.setattr(loop.Decoding, "_drafts", drafts)
+
+    def position(self, state, first):
+        """Index behind the token `first`: it follows the drafts that agree with the text, d at most."""
+        here = state.length  # tokens known when the step began
+        d = state.drafts.shape[1]
+        ahead = jnp.take_along_axis(self.texts, here[:, None] + jnp.arange(d), axis=1)
+        agree = (state.drafts == ahead) & (jnp.arange(d) < state.valid[:, None])
+        return here + jnp.sum(jnp.cumprod(agree, axis=1), axis=1) + 1
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_noise_in_the_adapter_changes_no_token(small, plan):
+    generator, prompts, texts = small
+    for batch_size in (1, 3):
+        done = decoded(generator, plan, prompts, NEW, batch_size)
+        assert [d.token_ids for d in done] == texts
+        assert all(1 <= d.tokens_per_step < 1.3 for d in done)
+        for d in done:
+            assert sum(d.accepted) == d.steps and sum(i * n for i, n in enumerate(d.accepted, 1)) == NEW - 1
+            assert d.emitted_by == sorted(d.emitted_by) and d.emitted_by[0] == 0 and d.emitted_by[-1] == d.steps
+
+
+@pytest.mark.parametrize("form", ["none", "paper"])
+@pytest.mark.parametrize("one_head", [False, True])
+@pytest.mark.parametrize("shortlist", [None, 7])
+def test_every_way_to_draft_is_lossless(small_folder, small, form, one_head, shortlist):
+    _, prompts, texts = small
+    generator, _ = equipped(small_folder, sampler=form)
+    generator.one_head, generator.shortlist = one_head, shortlist
+    done = decoded(generator, "quadratic:2", prompts, NEW, 3)
+    assert [d.token_ids for d in done] == texts
+
+
+@pytest.mark.parametrize("plan", ["linear:1", "linear:4", "quadratic:2", "quadratic:4", "blocks:4,2,1,1,4"])
+@pytest.mark.parametrize("new", [1, 2, 17, NEW])
+def test_perfect_drafts_take_as_few_steps_as_there_can_be(small, plan, new, monkeypatch):
+    generator, prompts, texts = small
+    Oracle([p + t for p, t in zip(prompts, texts, strict=True)]).patch(monkeypatch)
+    generator.compiled.clear()
+    done = decoded(generator, plan, prompts, new, 3)
+    generator.compiled.clear()
+    assert [d.token_ids for d in done] == [text[:new] for text in texts]
+    if plan != "blocks:4,2,1,1,4":  # accepts 4, then 4 again: also full blocks throughout
+        assert {d.steps for d in done} == {-(-(new - 1) // (parse_plan(plan).drafts + 1))}
+
+
+def test_what_follows_a_wrong_draft_is_not_accepted(small, monkeypatch):
+    generator, prompts, texts = small
+    Oracle([p + t for p, t in zip(prompts, texts, strict=True)], wrong_from=2).patch(monkeypatch)
+    generator.compiled.clear()
+    done = decoded(generator, "quadratic:4", prompts, NEW, 3)
+    generator.compiled.clear()
+    assert [d.token_ids for d in done] == texts
+    assert {d.steps for d in done} == {-(-(NEW - 1) // 3)}
+
+
+def test_linear_drafts_anew_after_a_rejection_and_not_in_the_step_itself(small, monkeypatch):
+    """One of two drafts wrong: the floating block stood behind the last one, so the next step verifies nothing."""
+    generator, prompts, texts = small
+    Oracle([prompts[0] + texts[0]], wrong_from=1).patch(monkeypatch)
+    generator.compiled.clear()
+    (done,) = decoded(generator, "linear:2", prompts[:1], 16, 1)
+    generator.compiled.clear()
+    # steps alternate: two tokens (one draft and the base model's own), then one
+    assert done.token_ids == texts[0][:16] and done.steps == 10
+    assert done.accepted == [5, 5, 0]
+
+
+@pytest.mark.parametrize("plan", ["linear:4", "quadratic:4"])
+def test_stop_ids_inside_drafts_end_a_row_exactly(small, plan, monkeypatch):
+    generator, prompts, texts = small
+    Oracle([p + t for p, t in zip(prompts, texts, strict=True)]).patch(monkeypatch)
+    for at in (1, 3, 4, 5, 6):
+        stops = (texts[0][at], texts[2][at + 3])
+        generator.compiled.clear()
+        generator.stops = stops
+        done = decoded(generator, plan, prompts, NEW, 3)
+        generator.stops = ()
+        cut = [next((t[: i + 1] for i, token in enumerate(t) if token in stops), t) for t in texts]
+        assert [d.token_ids for d in done] == cut
+    generator.compiled.clear()
+
+
+def test_context_limit_inside_drafts_is_exact(small, monkeypatch):
+    generator, prompts, texts = small
+    Oracle([prompts[2] + texts[2]]).patch(monkeypatch)
+    generator.compiled.clear()
+    (done,) = decoded(generator, "quadratic:4", [prompts[2]], 1000, 1)
+    generator.compiled.clear()
+    assert len(done.token_ids) == 64 - 20 and done.token_ids[:NEW] == texts[2]
+
+
+@pytest.mark.parametrize("masks", [1, 2, 4])
+def test_steps_are_those_of_the_estimate(small_folder, small, masks):
+    """Tokens per step by decoding and by the training-time estimate, from unlike code: an adapter near the identity."""
+    _, prompts, texts = small
+    generator, adapter = equipped(small_folder, scale=0.02)
+    width = max(len(p + t) for p, t in zip(prompts, texts, strict=True))
+    rows = [p + t + [0] * (width - len(p + t)) for p, t in zip(prompts, texts, strict=True)]
+    starts = jnp.asarray([len(p) for p in prompts])
+    of = Continuations(jnp.asarray(rows), starts, starts + NEW)
+    scanned = dataclasses.replace(generator.model, scanned=True)
+    frozen = {"params": load_params(small_folder, generator.g, jnp.float32)}
+    with jax.default_matmul_precision("highest"):
+        accepted = Estimator(scanned, generator.shape, 100).accepted(adapter, frozen, of)
+    generator.shortlist = None
+    done = decoded(generator, quadratic(masks), prompts, NEW, 3)
+    assert [d.token_ids for d in done] == texts
+    estimate = tokens_per_step(np.asarray(accepted), of, masks)
+    assert sum(len(d.token_ids) - 1 for d in done) / sum(d.steps for d in done) == estimate
+
+
+def test_prompts_of_one_bucket_share_a_program(small):
+    generator, prompts, _ = small
+    generator.compiled.clear()
+    for prompt in (prompts[0], prompts[1], prompts[2]):
+        decoded(generator, "quadratic:2", [prompt], 10, 1)
+    assert len(generator.compiled) == 1
+
+
+def test_bfloat16_flips_no_more_than_plain_decoding_itself(small_folder):
+    """In bfloat16 nearly equal logits may swap; a draft is still only accepted where the base model chose it."""
+    generator, _ = equipped(small_folder, "bfloat16")
+    prompt = [list(range(5, 15))]
+    (plain,) = generator.complete(prompt, 20, 1)
+    (drafted,) = decoded(generator, "quadratic:2", prompt, 20, 1)
+    agree = next((i for i, (a, b) in enumerate(zip(plain.token_ids, drafted.token_ids, strict=True)) if a != b), 20)
+    assert agree >= 5
+
+
+def test_a_plan_may_not_take_more_masks_than_there_are(small, small_folder):
+    generator, _, _ = small
+    with pytest.raises(UserError, match="plan quadratic:5: takes 5 masks, but the adapter has 4"):
+        generator.plan = quadratic(5)
+    with pytest.raises(UserError, match="plan linear:1: takes 1 mask, but there is no adapter"):
+        Generator.load(str(small_folder)).plan = linear(1)
+
+
+def test_an_adapter_folder_decodes(small_folder, small, tmp_path, command):
+    generator, prompts, _ = small
+    shape, adapter = noise(generator)
+    base = {"name": "small", "fingerprint": fingerprint(small_folder)}
+    write_adapter(tmp_path / "adapter", generator.g, shape, adapter, base, {}, jnp.dtype("float32"))
+    loaded = Generator.load(str(small_folder), adapter=str(tmp_path / "adapter"), plan=quadratic(4))
+    loaded.stops = ()
+    ours = decoded(generator, quadratic(4), prompts, NEW, 3)
+    theirs = loaded.complete(prompts, NEW, 3)
+    assert [(d.token_ids, d.accepted) for d in ours] == [(d.token_ids, d.accepted) for d in theirs]
+    outcome = command(
+        "generate", "--model", small_folder, "--adapter", tmp_path / "adapter", "--plan", "quadratic:2", "--json",
+        "--prompt", "the cat", "--max-new-tokens", 9,
+    )  # fmt: skip
+    record = json.loads(outcome.out)
+    assert record["steps"] == sum(record["accepted"]) and len(record["accepted"]) == 3

@@ -1,0 +1,53 @@
+"""Block plans: what their names mean, their rows, and which are refused."""
+
+import numpy as np
+import pytest
+
+from mtp_jax.decoding.plan import BlockPlan, linear, parse_plan, plain, quadratic
+from mtp_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "drafts", "block", "rows"),
+    [
+        ("none", plain(), 0, 0, 1),
+        ("linear:3", linear(3), 3, 3, 7),
+        ("quadratic:3", quadratic(3), 3, 3, 16),
+        ("blocks:3,2,1,1", BlockPlan((3, 2, 1, 1)), 3, 3, 11),
+        ("blocks:1,0", BlockPlan((1, 0)), 1, 1, 3),
+    ],
+)
+def test_names_and_rows(name, plan, drafts, block, rows):
+    assert parse_plan(name) == plan and str(plan) == name
+    assert (plan.drafts, plan.block, plan.rows) == (drafts, block, rows)
+
+
+def test_mask_rows_stand_behind_their_real_row():
+    behind, offsets = parse_plan("blocks:2,0,1").blocks()
+    assert behind.tolist() == [0, 0, 2] and offsets.tolist() == [1, 2, 1]
+    behind, offsets = linear(2).blocks()
+    assert behind.tolist() == [-1, -1] and offsets.tolist() == [1, 2]
+    behind, offsets = quadratic(8).blocks()
+    assert np.bincount(behind).tolist() == [8] * 9 and offsets.max() == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("cubic:3", "unknown plan; give none, linear:M"),
+        ("", "unknown plan"),
+        ("linear", "unknown plan"),
+        ("linear:x", "unknown plan"),
+        ("quadratic:2,2", "unknown plan"),
+        ("quadratic:0", "at least 1 mask"),
+        ("blocks:", "unknown plan"),
+        ("blocks:3", "no drafts"),
+        ("blocks:0,2,2", "never draft again after a rejection"),
+        ("blocks:2,-1,1", "at least 0"),
+        ("blocks:1,1,1", "verifies 2 drafts, but its longest block gives 1"),
+        ("blocks:3,1", "verifies 1 drafts, but its longest block gives 3"),
+    ],
+)
+def test_plans_that_do_not_do_are_refused(name, says):
+    with pytest.raises(UserError, match=says):
+        parse_plan(name)
