@@ -18,6 +18,8 @@ quickstart: $(VENV)/.plot ## train a multi-token predictor for the bundled model
 	$(BIN)/python -m mtp_jax.train --config configs/quickstart.yaml
 	$(BIN)/python -m mtp_jax.evaluate --model $(MODEL) --adapter runs/quickstart --batches 10 --sequence-length 256 \
 		--prompts 32 --plot runs/quickstart/foresight.png
+	$(BIN)/python -m mtp_jax.generate --model $(MODEL) --adapter runs/quickstart --plan quadratic:2 --compare \
+		--prompt "$$(printf '$(PROMPT)')" --max-new-tokens 64
 
 .PHONY: test
 test: $(VENV)/.test ## style checks and all tests that are not marked slow

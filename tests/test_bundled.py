@@ -11,6 +11,7 @@ import pytest
 
 from mtp_jax.data.sources import python_stdlib, split
 from mtp_jax.decoding.generator import Generator
+from mtp_jax.decoding.plan import quadratic
 from mtp_jax.evaluate import TRAINING_FILES, main
 from mtp_jax.model.folder import bundled_models, find_folder, stored_tensors
 
@@ -46,6 +47,16 @@ def test_it_completes_code():
     generator = Generator.load("bundled:stdlib-5m", "float32")
     done = generator(["import os\n\n\ndef main("], max_new_tokens=16)[0]
     assert ")" in generator.text(done) and len(done.token_ids) == 16 and done.steps == 15
+
+
+def test_its_adapter_drafts_for_it():
+    generator = Generator.load("bundled:stdlib-5m", "float32", "bundled:stdlib-5m")
+    prompt = ["import os\n\n\ndef read(path):\n    with open(path) as file:\n        "]
+    (plain,) = generator(prompt, max_new_tokens=48)
+    generator.plan = quadratic(4)
+    (drafted,) = generator(prompt, max_new_tokens=48)
+    assert drafted.token_ids == plain.token_ids and drafted.tokens_per_step > 1.5
+    assert generator.shape.masks == 8
 
 
 def test_what_the_model_was_trained_on_is_left_out_under_any_name(monkeypatch, tmp_path, capsys):

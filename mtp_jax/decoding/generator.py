@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtp_jax.decoding.fusion import fuse
 from mtp_jax.decoding.loop import DecodeState, Decoding, Limits
 from mtp_jax.decoding.plan import BlockPlan, plain
 from mtp_jax.decoding.sampling import SamplingKind, Tempering
@@ -19,10 +20,9 @@ from mtp_jax.errors import UserError
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.folder import find_folder, load_params, load_tokenizer, read_geometry, stop_ids
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.weights import Params, unstack_layers
+from mtp_jax.model.weights import Params
 from mtp_jax.mtp.adapter import AdapterShape, with_adapter
 from mtp_jax.mtp.adapter_folder import TENSORS, find_adapter, fingerprint, load_adapter
-from mtp_jax.mtp.lora import fused
 from mtp_jax.training import sharding
 
 _SMALLEST_BUCKET = 32
@@ -103,7 +103,7 @@ class Generator:
         mesh: jax.sharding.Mesh | None = None,
         identity: str = "",
     ):
-        """`variables` are `params` unstacked, and with an adapter `lora` (fused) and `mtp`, all in `dtype`."""
+        """`variables` are what `decoding_variables` gives, in `dtype`."""
         self.g, self.variables, self.tokenizer, self.stops = g, variables, tokenizer, stops
         self.dtype, self.shape, self.mesh, self.identity = jnp.dtype(dtype), shape, mesh, identity
         self.model = Decoder(g, self.dtype, scanned=False)
@@ -157,13 +157,10 @@ class Generator:
                 )
         kept = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
         placed = None if mesh is None else lambda weight: sharding.weight_sharding(mesh, weight)
+        if trained is not None and mesh is not None:  # small beside the base
+            trained = jax.device_put(trained, sharding.replicated(mesh))
         params = load_params(folder, g, kept, placed)
-        variables = {"params": unstack_layers(params)}
-        if shape is not None:
-            variables |= adapter_variables(trained, shape, kept)
-            if mesh is not None:  # small beside the base
-                for name in ("lora", "mtp"):
-                    variables[name] = jax.device_put(variables[name], sharding.replicated(mesh))
+        variables = decoding_variables(g, params, trained, shape, kept, kernels=mesh is None)
         return cls(g, variables, tokenizer, stop_ids(folder), kept, shape, plan, mesh, identity)
 
     def encode(self, prompt: str | list[dict[str, str]], name: str = "prompt") -> list[int]:
@@ -316,12 +313,21 @@ class Generator:
         return self.compiled[key]
 
 
-def adapter_variables(adapter: Params, shape: AdapterShape, dtype: jnp.dtype) -> Params:
-    """The collections `lora` and `mtp` as decoding takes them, unstacked and in `dtype`."""
-    cast = lambda x: jnp.asarray(x, dtype)  # noqa: E731
-    lora = with_adapter({}, jax.tree.map(jnp.asarray, adapter), shape)["lora"]
-    mtp = jax.tree.map_with_path(lambda path, x: jnp.asarray(x) if "norm" in str(path) else cast(x), adapter["mtp"])
-    return {"lora": jax.tree.map(cast, fused(lora, scanned=False)), "mtp": mtp}
+def decoding_variables(
+    g: Geometry, params: Params, adapter: Params | None, shape: AdapterShape | None, dtype: jnp.dtype, kernels: bool
+) -> dict[str, Any]:
+    """What a decoding loop reads: `params` unstacked, `fused` (`decoding.fusion`) and with an adapter `mtp`.
+
+    Stacked `params` are consumed.
+    """
+    lora = None if shape is None or adapter is None else with_adapter({}, adapter, shape)["lora"]
+    params, fused = fuse(g, params, lora, dtype, kernels)
+    variables = {"params": params, "fused": fused}
+    if adapter is not None:
+        # Norms stay as they are: they are computed in float32.
+        cast = lambda path, x: jnp.asarray(x, None if "norm" in str(path) else dtype)  # noqa: E731
+        variables["mtp"] = jax.tree.map_with_path(cast, adapter["mtp"])
+    return variables
 
 
 def _keys(seed: int, number: int, batch: int) -> jax.Array:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mtp_jax.decoding.choice import likeliest
 from mtp_jax.decoding.drafting import choose_drafts
 from mtp_jax.decoding.plan import BlockPlan
-from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, verify
+from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, prefix, verify
 from mtp_jax.model.attention import empty_cache
 from mtp_jax.model.decoder import Cache, Decoder, MaskRows
 
@@ -50,7 +50,7 @@ class Limits(NamedTuple):
 class Decoding:
     """Everything static about a decoding loop. Hashable.
 
-    Its variables are `params`, and for a plan with masks `lora` (`mtp.lora.fused`) and `mtp` (masks, sampler).
+    Its variables are `params`, and for a plan with masks `fused` (`decoding.fusion`) and `mtp` (masks, sampler).
     """
 
     model: Decoder
@@ -127,8 +127,7 @@ class Decoding:
                 anchors = jnp.broadcast_to(prompt_length[:, None] - 1, (B, M))
                 offsets = np.arange(1, M + 1)
                 masks = MaskRows(variables["mtp"]["masks"][:M], anchors, offsets, np.zeros(M, int))
-            first = jnp.full(B, start)
-            latents, block, cache = self._rows(variables, rows, first, cache, masks)
+            latents, block, cache = self._rows(variables, rows, jnp.full(B, start), cache, masks, start == 0)
             at = prompt_length - 1 - start
             here = jnp.take_along_axis(latents, jnp.clip(at, 0, rows.shape[1] - 1)[:, None, None], axis=1)[:, 0]
             last = jnp.where(((at >= 0) & (at < rows.shape[1]))[:, None], here, last)
@@ -182,8 +181,7 @@ class Decoding:
         if self.sampling is None:
             choice = likeliest(scores)
             right = (state.drafts == choice[:, :d]) & (jnp.arange(d) < state.valid[:, None])
-            # A cumulative product, never a count: what follows a rejected draft was conditioned on it.
-            accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1)
+            accepted = prefix(right)
             token = jnp.take_along_axis(choice, accepted[:, None], axis=1)[:, 0]
         else:
             assert how is not None
@@ -208,9 +206,11 @@ class Decoding:
         drafted = drafted._replace(cache=cache, steps=state.steps + ~state.done)
         return _emit(drafted, state.drafts, accepted, token, limits)
 
-    def _rows(self, variables: Any, tokens: Array, start: Array, cache: Cache, masks: MaskRows | None) -> Any:
+    def _rows(
+        self, variables: Any, tokens: Array, start: Array, cache: Cache, masks: MaskRows | None, first: bool = False
+    ) -> Any:
         base = {"params": variables["params"]}
-        return self.model.apply(base, tokens, start, cache, masks, variables.get("lora"), method="step")
+        return self.model.apply(base, tokens, start, cache, masks, variables.get("fused"), first, method="step")
 
     def _logits(self, variables: Any, latents: Array) -> Float[Array, "... V"]:
         return self.model.apply({"params": variables["params"]}, latents, method="logits")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ def distribution(logits: Float[Array, "... V"], how: Tempering, truncated: bool)
     logits = logits.astype(jnp.float32) / how.temperature
     if truncated:
         ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-        ordered = jnp.where(jnp.arange(ordered.shape[-1]) < how.top_k, ordered, -jnp.inf)
-        share = jax.nn.softmax(ordered, axis=-1)
-        kept = jnp.cumsum(share, axis=-1) - share < how.top_p
+        first = jnp.arange(ordered.shape[-1]) < how.top_k
+        share = jax.nn.softmax(jnp.where(first, ordered, -jnp.inf), axis=-1)
+        kept = first & (jnp.cumsum(share, axis=-1) - share < how.top_p)
         lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= lowest, logits, -jnp.inf)
     return jax.nn.softmax(logits, axis=-1)
@@ -65,26 +65,31 @@ def verify(
         p: the base model's distribution at each real row; row i judges draft i, R = d + 1.
         valid: how many of the drafts there are.
     """
-    B, d = drafts.shape
+    d = drafts.shape[1]
     accept_keys, draw_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 2))(keys), 1, 0)
     here = jnp.take_along_axis(p[:, :d], drafts[..., None], axis=-1)[..., 0]
     there = jnp.sum(jnp.where(q.ids == drafts[..., None], q.probabilities, 0.0), axis=-1)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (d,)))(accept_keys)
     accept = (uniform * there < here) & (jnp.arange(d) < valid[:, None])
-    # A cumulative product, never a count: what follows a rejected draft was conditioned on it.
-    accepted = jnp.sum(jnp.cumprod(accept, axis=1), axis=1)
+    accepted = prefix(accept)
     left = jnp.take_along_axis(p, accepted[:, None, None], axis=1)[:, 0]
     if d:
         at = jnp.minimum(accepted, d - 1)[:, None, None]
         ids = jnp.take_along_axis(q.ids, at, axis=1)[:, 0]
         mass = jnp.take_along_axis(q.probabilities, at, axis=1)[:, 0]
-        rejected = (accepted < valid)[:, None]
-        taken = jnp.zeros_like(left).at[jnp.arange(B)[:, None], ids].add(mass)
-        residual = jnp.maximum(left - taken, 0.0)
-        # p and q can only be equal up to rounding where a rejection is as improbable.
-        some = jnp.sum(residual, axis=-1, keepdims=True) > 0
-        left = jnp.where(rejected & some, residual, left)
+        left = jnp.where((accepted < valid)[:, None], residual(left, ids, mass), left)
     return accepted, draw(left, draw_keys)
+
+
+def prefix(right: Bool[Array, "B d"]) -> Int[Array, " B"]:
+    """How many drafts are right up to the first that is not: what follows that one was conditioned on it."""
+    return jnp.sum(jnp.cumprod(right, axis=1), axis=1)
+
+
+def residual(p: Float[Array, "B V"], ids: Int[Array, "B C"], mass: Float[Array, "B C"]) -> Float[Array, "B V"]:
+    """(p - q)+, not normalised; p itself where it is zero, which takes p and q equal up to rounding."""
+    left = jnp.maximum(p.at[jnp.arange(len(p))[:, None], ids].add(-mass), 0.0)
+    return jnp.where(jnp.sum(left, axis=-1, keepdims=True) > 0, left, p)
 
 
 def draw(probabilities: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:

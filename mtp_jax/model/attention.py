@@ -60,44 +60,33 @@ def visibility(
 
 def attend(
     q: Float[Array, "B R N H"],
-    held: LayerCache,
-    visible: Bool[Array, "B R S"],
+    held: LayerCache | None,
+    visible: Bool[Array, "B R S"] | None,
     own: LayerCache | None = None,
-    own_visible: Bool[Array, "Q Q"] | None = None,
+    own_visible: Bool[Array, "B R R"] | None = None,
 ) -> Float[Array, "B R N H"]:
     """Softmax attention, each key/value head serving N/K query heads; scores and softmax in float32.
 
-    The last Q rows may have keys and values of their own beside those held, in one softmax: the masks of a decoding
-    step, which are never held.
+    One softmax over the keys that are held and over those of the rows themselves; either may be absent.
     """
     B, R, N, H = q.shape
-    K, S = held.k.shape[1:3]
-    n = N // K
+    parts = [(keys, seen) for keys, seen in ((held, visible), (own, own_visible)) if keys is not None]
+    K = parts[0][0].k.shape[1]
     # Heads before rows and a key/value head's queries side by side: plain batched products, twice as fast on CPU.
-    rows = q.reshape(B, R, K, n, H).transpose(0, 2, 3, 1, 4)
-    lowest = jnp.finfo(jnp.float32).min
-
-    def scores(rows: Array, keys: Array, seen: Array) -> Array:
-        grouped = rows.reshape(B, K, -1, H)
-        product = jnp.einsum("bkqh,bksh->bkqs", grouped, keys, preferred_element_type=jnp.float32) * H**-0.5
-        return jnp.where(seen, product.reshape(*rows.shape[:-1], -1), lowest)
-
-    def weighted(weights: Array, values: Array) -> Array:
-        grouped = weights.astype(values.dtype).reshape(B, K, -1, values.shape[2])
-        return jnp.einsum("bkqs,bksh->bkqh", grouped, values).reshape(*weights.shape[:-1], H)
-
-    prefix = scores(rows, held.k, visible[:, None, None])
-    if own is None:
-        out = weighted(jax.nn.softmax(prefix, axis=-1), held.v)
-    else:
-        Q = own.k.shape[2]
-        inside = scores(rows[..., R - Q :, :], own.k, own_visible)
-        # Real rows see no mask: their weights there are exactly zero.
-        inside = jnp.pad(inside, [(0, 0)] * 3 + [(R - Q, 0), (0, 0)], constant_values=lowest)
-        weights = jax.nn.softmax(jnp.concatenate([prefix, inside], axis=-1), axis=-1)
-        out = weighted(weights[..., :S], held.v)
-        out = out.at[..., R - Q :, :].add(weighted(weights[..., R - Q :, S:], own.v))
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, R, N, H)
+    grouped = q.reshape(B, R, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * R, H)
+    scores = []
+    for keys, seen in parts:
+        assert seen is not None
+        product = jnp.einsum("bkqh,bksh->bkqs", grouped, keys.k, preferred_element_type=jnp.float32) * H**-0.5
+        product = product.reshape(B, K, N // K, R, -1)
+        scores.append(jnp.where(seen[:, None, None], product, jnp.finfo(jnp.float32).min))
+    weights = jax.nn.softmax(scores[0] if len(scores) == 1 else jnp.concatenate(scores, axis=-1), axis=-1)
+    out, start = [], 0
+    for keys, _ in parts:
+        share = weights[..., start : start + keys.v.shape[2]].astype(keys.v.dtype).reshape(B, K, N // K * R, -1)
+        out.append(jnp.einsum("bkqs,bksh->bkqh", share, keys.v))
+        start += keys.v.shape[2]
+    return sum(out[1:], out[0]).reshape(B, K, N // K, R, H).transpose(0, 3, 1, 2, 4).reshape(B, R, N, H)
 
 
 class Blocks(NamedTuple):

@@ -34,7 +34,7 @@ class Rows(NamedTuple):
     sin: Float[Array, "B R 1 H/2"]
     visible: Bool[Array, "kinds B R S"]
     start: Int[Array, " B"]  # position of the first row, where a cache is written
-    own_visible: Bool[Array, "kinds Q Q"] | None = None  # among the mask rows at the end, where there are any
+    own_visible: Bool[Array, "kinds B R R"] | None = None  # of a step's rows among themselves
 
 
 class MaskRows(NamedTuple):
@@ -135,41 +135,54 @@ class Layer(nn.Module):
         return x, held if keep else None
 
     def step(
-        self, x: Float[Array, "B R D"], rows: Rows, kind: Int[Array, ""] | int, cache: LayerCache, lora: Any
+        self,
+        x: Float[Array, "B R D"],
+        rows: Rows,
+        kind: Int[Array, ""] | int,
+        cache: LayerCache,
+        fused: Any,
+        real: int,
+        first: bool,
     ) -> tuple[Float[Array, "B R D"], LayerCache]:
         """Real rows, then mask rows, through each frozen product together; returns the cache with the real rows.
 
-        `lora` is what `mtp.lora.fused` makes of a layer's matrices; mask rows alone meet it.
+        Rows read the cache as it was and one another's keys beside it: reading what was just written would make XLA
+        copy the cache.
+
+        Args:
+            fused: matrices by group of projections that read one input: `kernel` (and `bias`) of the group, where they
+                are not left to the projections, and `a` and `b` of its LoRA, which mask rows alone meet.
+            real: how many rows are real.
+            first: nothing is in the cache yet.
         """
         g = self.g
-        Q = 0 if rows.own_visible is None else rows.own_visible.shape[-1]
-        real = x.shape[1] - Q
 
-        def project(names: tuple[str, ...], x: Array, shared: str) -> list[Array]:
-            out = [getattr(self, name)(x) for name in names]
-            adapted = [i for i, name in enumerate(names) if name in lora]
-            if Q and adapted:
-                inner = x[:, real:] @ lora[shared].astype(x.dtype)
-                for i, part in zip(adapted, jnp.split(inner, len(adapted), axis=-1), strict=True):
-                    change = part @ lora[names[i]].astype(x.dtype)
-                    out[i] = jnp.concatenate([out[i][:, :real], out[i][:, real:] + change], axis=1)
-            return out
+        def project(group: str, names: tuple[str, ...], x: Array) -> Array:
+            joined = fused.get(group, {})
+            if "kernel" in joined:
+                y = x @ joined["kernel"]
+                y = y + joined["bias"] if "bias" in joined else y
+            else:
+                y = jnp.concatenate([getattr(self, name)(x) for name in names], axis=-1)
+            if real < x.shape[1] and "a" in joined:
+                y = jnp.concatenate([y[:, :real], y[:, real:] + (x[:, real:] @ joined["a"]) @ joined["b"]], axis=1)
+            return y
 
-        heads = [(*x.shape[:2], count, g.H) for count in (g.N, g.K, g.K)]
-        q, k, v = map(jnp.reshape, project(("q", "k", "v"), self.attention_norm(x), "attention_in"), heads)
+        h = project("attention_in", ("q", "k", "v"), self.attention_norm(x)).reshape(*x.shape[:2], -1, g.H)
+        q, k, v = jnp.split(h, [g.N, g.N + g.K], axis=2)
         if g.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin)
-        # Rounded as they will be held, so that a token looks the same now and when it is read from the cache.
-        own = LayerCache.of_rows(k[:, real:], v[:, real:]) if Q else None
-        cache = cache.write(LayerCache.of_rows(k[:, :real], v[:, :real]), rows.start)
-        held = LayerCache(cache.k.astype(x.dtype), cache.v.astype(x.dtype))
-        own_visible = None if rows.own_visible is None else rows.own_visible[kind]
-        h = attend(q, held, rows.visible[kind], own, own_visible)
-        (h,) = project(("o",), h.reshape(*x.shape[:2], -1), "o_in")
-        x = x + h
-        gate, up = project(("gate", "up"), self.mlp_norm(x), "mlp_in")
-        (h,) = project(("down",), jax.nn.silu(gate) * up, "down_in")
+        own = LayerCache.of_rows(k, v)
+        held = None if first else LayerCache(cache.k.astype(x.dtype), cache.v.astype(x.dtype))
+        assert rows.own_visible is not None
+        h = attend(q, held, rows.visible[kind], own, rows.own_visible[kind])
+        # Always 0, and not known before the old cache was read: XLA then writes in place, and copies it otherwise.
+        late = jnp.minimum(jnp.isnan(h[:, 0, 0, 0]).astype(jnp.int32), 0)
+        cache = cache.write(LayerCache(own.k[:, :, :real], own.v[:, :, :real]), rows.start + late)
+        x = x + project("attention_out", ("o",), h.reshape(*x.shape[:2], -1))
+        gate, up = jnp.split(project("mlp_in", ("gate", "up"), self.mlp_norm(x)), 2, axis=-1)
+        h = project("mlp_out", ("down",), jax.nn.silu(gate) * up)
         return nn.with_logical_constraint(x + h, ("batch", None, None)), cache
 
     def masks(
@@ -284,7 +297,8 @@ class Decoder(nn.Module):
         start: Int[Array, " B"],
         cache: Cache,
         masks: MaskRows | None = None,
-        lora: Any = None,
+        fused: Any = None,
+        first: bool = False,
     ) -> tuple[Float[Array, "B R D"], Float[Array, "B Q D"], Cache]:
         """Latents of real rows and of mask rows after the final norm, and the cache with the real rows written.
 
@@ -292,38 +306,42 @@ class Decoder(nn.Module):
         slots up to its anchor and the masks of its own block up to itself.
 
         Args:
-            lora: what `mtp.lora.fused` makes of the collection; mask rows alone meet it.
+            fused: for each layer what `Layer.step` takes, see there; stacked, under `layers`, where layers are scanned.
+            first: nothing is in the cache yet, `start` being 0.
         """
         g, R = self.g, tokens.shape[1]
         x = self.embed()[tokens].astype(self.dtype)
         positions = reach = start[:, None] + jnp.arange(R)
-        own = None
         windows, kinds = self._windows()
+        block, order = np.full(R, -1), np.zeros(R, int)  # of a real row: no block
         if masks is not None:
-            Q = len(masks.offsets)
-            m = jnp.broadcast_to(masks.embeddings.astype(self.dtype), (len(x), Q, g.D))
+            m = jnp.broadcast_to(masks.embeddings.astype(self.dtype), (len(x), len(masks.offsets), g.D))
             x = jnp.concatenate([x, m], axis=1)
             positions = jnp.concatenate([positions, masks.anchors + masks.offsets], axis=1)
             reach = jnp.concatenate([reach, masks.anchors], axis=1)
-            back = masks.offsets[:, None] - masks.offsets[None, :]
-            inside = (masks.blocks[:, None] == masks.blocks[None, :]) & (back >= 0)
-            own = jnp.stack([jnp.asarray(inside & (window is None or back < window)) for window in windows])
+            block, order = np.append(block, masks.blocks - masks.blocks.min()), np.append(order, masks.offsets)
         slots = jnp.arange((cache if isinstance(cache, LayerCache) else cache[0]).k.shape[-2])
-        seen = slots <= reach[..., None]
-        distance = positions[..., None] - slots  # a window is measured from a row's own position
-        visible = jnp.stack([seen if window is None else seen & (distance < window) for window in windows])
-        rows = Rows(*angles(g.rope, positions), visible, start, own)
+        held = (slots < start[:, None, None]) & (slots <= reach[..., None])
+        same = (block[:, None] == block) & (block >= 0) & (order[:, None] >= order)
+        own = same | ((block < 0) & (positions[:, None, :] <= reach[..., None]))
 
-        def body(layer: Layer, x: Array, kind: Any, cache: LayerCache, lora: Any) -> tuple[Array, LayerCache]:
-            return layer.step(x, rows, kind, cache, lora)
+        def within(seen: Array, keys: Array) -> Array:  # a window is measured from a row's own position
+            distance = positions[..., None] - keys
+            return jnp.stack([seen if window is None else seen & (distance < window) for window in windows])
+
+        visible = (within(held, slots), within(own, positions[:, None, :]))
+        rows = Rows(*angles(g.rope, positions), visible[0], start, visible[1])
+
+        def body(layer: Layer, x: Array, kind: Any, cache: LayerCache, fused: Any) -> tuple[Array, LayerCache]:
+            return layer.step(x, rows, kind, cache, fused, R, first)
 
         if self.scanned:
             assert isinstance(cache, LayerCache)
-            x, cache = self._scan(body)(self.layers, x, jnp.asarray(kinds), cache, (lora or {}).get("layers", {}))
+            x, cache = self._scan(body)(self.layers, x, jnp.asarray(kinds), cache, (fused or {}).get("layers", {}))
         else:
             written = []
             for i, layer in enumerate(self.layer):
-                x, layer_cache = body(layer, x, kinds[i], cache[i], (lora or {}).get(f"layer_{i}", {}))
+                x, layer_cache = body(layer, x, kinds[i], cache[i], (fused or {}).get(f"layer_{i}", {}))
                 written.append(layer_cache)
             cache = written
         x = self.norm(x)

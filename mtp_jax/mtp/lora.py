@@ -42,24 +42,3 @@ def init_lora(g: Geometry, targets: tuple[str, ...], rank: int, key: PRNGKeyArra
 def scaled(lora: Params, scale: float) -> Params:
     """The collection as the decoder applies it: B times alpha/R, so that y = W x + (alpha/R) B (A x)."""
     return jax.tree.map_with_path(lambda path, x: x * scale if path[-1].key == "b" else x, lora)
-
-
-# Projections that read the same input, and what the product of their A matrices is called.
-_SHARED_INPUT = {"attention_in": ("q", "k", "v"), "o_in": ("o",), "mlp_in": ("gate", "up"), "down_in": ("down",)}
-
-
-def fused(lora: Params, scanned: bool) -> Params:
-    """The scaled collection as a decoding step takes it: matrices A of one input side by side, and every B by name.
-
-    Args:
-        scanned: keep layers stacked, under `layers`; otherwise there is one entry per layer.
-    """
-    layers = lora["layers"]
-    out = {name: pair["b"] for name, pair in layers.items()}
-    for shared, names in _SHARED_INPUT.items():
-        if present := [layers[name]["a"] for name in names if name in layers]:
-            out[shared] = jnp.concatenate(present, axis=-1)
-    if scanned:
-        return {"layers": out}
-    count = len(next(iter(out.values())))
-    return {f"layer_{i}": {name: leaf[i] for name, leaf in out.items()} for i in range(count)}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.decoding import loop
-from mtp_jax.decoding.generator import Generator, adapter_variables
+from mtp_jax.decoding.generator import Generator, decoding_variables
 from mtp_jax.decoding.plan import linear, parse_plan, quadratic
 from mtp_jax.errors import UserError
 from mtp_jax.model.folder import load_params
@@ -39,7 +39,8 @@ def equipped(folder, dtype="float32", **options):
     generator.stops = ()
     shape, adapter = noise(generator, **options)
     generator.shape = shape
-    generator.variables |= adapter_variables(adapter, shape, generator.dtype)
+    params = load_params(folder, generator.g, generator.dtype)
+    generator.variables = decoding_variables(generator.g, params, adapter, shape, generator.dtype, kernels=True)
     return generator, adapter
 
 

@@ -1,0 +1,155 @@
+"""Speed of decoding: plain, linear and quadratic plans, the automatic choice, and transformers, in one run.
+
+    python benchmarks/decode.py --model ../shared/models/trio-17m --adapter runs/trio-17m/run \\
+        --prompts ../shared/data/trio_prompts/math.jsonl ../shared/data/trio_prompts/code.jsonl --count 8
+    ... --batch-size 8                                  the same in batches
+    ... --transformers                                  also its greedy and prompt-lookup decoding, batch 1 (torch)
+
+All rows decode the same prompts with the same weights, and take turns: in every round each of them runs once. Shown are
+medians over rounds. Seconds are those of decoding steps; prefill stands apart. Output is compared with plain decoding.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from mtp_jax.decoding.auto import choose_plan
+from mtp_jax.decoding.generator import Completion, Generator
+from mtp_jax.decoding.plan import BlockPlan, parse_plan
+from mtp_jax.errors import run_command
+from mtp_jax.generate import read_prompts
+from mtp_jax.model.folder import find_folder
+
+
+class Ours:
+    """Decoding with a plan."""
+
+    def __init__(self, generator: Generator, plan: BlockPlan, name: str, new: int, batch: int):
+        self.generator, self.plan, self.name, self.new, self.batch = generator, plan, name, new, batch
+
+    def __call__(self, prompts: list[list[int]]) -> list[Completion]:
+        self.generator.plan = self.plan
+        return self.generator.complete(prompts, self.new, self.batch)
+
+
+class Transformers:
+    """Decoding by transformers, one prompt at a time."""
+
+    def __init__(self, folder: Path, name: str, new: int, stops: tuple[int, ...], context: int, **options: Any):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.torch, self.name, self.new, self.stops, self.context = torch, name, new, list(stops), context
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.options = options
+
+    def __call__(self, prompts: list[list[int]]) -> list[Completion]:
+        done = []
+        for ids in prompts:
+            begin = time.perf_counter()
+            with self.torch.no_grad():
+                out = self.model.generate(
+                    self.torch.tensor([ids]),
+                    attention_mask=self.torch.ones(1, len(ids), dtype=self.torch.long),
+                    max_new_tokens=min(self.new, self.context - len(ids)),
+                    do_sample=False,
+                    eos_token_id=self.stops,
+                    pad_token_id=0,
+                    **self.options,
+                )
+            seconds = time.perf_counter() - begin
+            tokens = out[0, len(ids) :].tolist()
+            done.append(Completion(tokens, [], 0, [], 0.0, seconds))
+        return done
+
+
+def speed(done: list[Completion], batch: int) -> tuple[float, float]:
+    """Tokens per second of decoding steps, and seconds of prefill."""
+    batches = done[::batch]
+    return sum(len(c.token_ids) for c in done) / sum(c.seconds for c in batches), sum(
+        c.prefill_seconds for c in batches
+    )
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--adapter", required=True)
+    parser.add_argument("--prompts", required=True, nargs="+", metavar="FILE.jsonl", help="one file per domain")
+    parser.add_argument("--count", type=int, default=8, help="prompts of each file")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--plans", nargs="+", help="by default none, linear and quadratic for every number of masks")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--no-auto", action="store_true")
+    a = parser.parse_args()
+    generator = Generator.load(a.model, None, a.adapter)
+    assert generator.shape is not None
+    console, size = Console(width=130), a.batch_size
+    domains = {
+        Path(file).stem: [generator.encode(p, file) for p in read_prompts(file)[: a.count]] for file in a.prompts
+    }
+    masks = range(1, generator.shape.masks + 1)
+    names = a.plans or ["none", *(f"linear:{m}" for m in masks), *(f"quadratic:{m}" for m in masks)]
+    rows: list[Any] = [Ours(generator, parse_plan(name), name, a.new_tokens, size) for name in names]
+    if not a.no_auto:
+        calibration = [ids for turn in zip(*domains.values(), strict=False) for ids in turn]
+        choice = choose_plan(generator, calibration, size, cache=None)
+        print(choice, file=sys.stderr)
+        rows.append(Ours(generator, choice.plan, f"auto = {choice.plan}", a.new_tokens, size))
+    if a.transformers:
+        folder, context = find_folder(a.model), generator.g.max_positions
+        rows.append(Transformers(folder, "transformers", a.new_tokens, generator.stops, context))
+        lookup = {"prompt_lookup_num_tokens": 10}
+        rows.append(Transformers(folder, "transformers, lookup", a.new_tokens, generator.stops, context, **lookup))
+
+    console.print(
+        f"{a.model}, {jax.devices()[0].device_kind}, {generator.dtype}, batch {size}, {a.count} prompts a domain"
+    )
+    for domain, prompts in domains.items():
+        for row in rows:
+            row(prompts[: max(size, 2)])  # compiles
+        found: dict[str, list[list[Completion]]] = {row.name: [] for row in rows}
+        for _ in track(range(a.rounds), domain, console=Console(stderr=True), transient=True):
+            for row in rows:
+                found[row.name].append(row(prompts))
+        batch = {row.name: 1 if isinstance(row, Transformers) else size for row in rows}
+        rate = {n: statistics.median(speed(done, batch[n])[0] for done in runs) for n, runs in found.items()}
+        plain = [c.token_ids for c in found[names[0]][0]]
+        columns = (
+            "tokens per step",
+            "tokens/s",
+            f"against {names[0]}",
+            "against transformers",
+            "prefill, s",
+            "identical",
+        )
+        table = Table("decoding", *columns, title=domain)
+        for row in rows:
+            done = found[row.name][0]
+            steps, tokens = sum(c.steps for c in done), sum(len(c.token_ids) for c in done)
+            theirs = rate.get("transformers")
+            table.add_row(
+                row.name,
+                f"{(tokens - len(done)) / steps:.2f}" if steps else "",
+                f"{rate[row.name]:.0f}",
+                f"{rate[row.name] / rate[names[0]]:.2f}x",
+                f"{rate[row.name] / theirs:.2f}x" if theirs else "",
+                f"{speed(done, batch[row.name])[1]:.2f}" if steps else "",
+                f"{sum(c.token_ids == p for c, p in zip(done, plain, strict=True))} of {len(done)}",
+            )
+        console.print(table)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,226 @@
+"""Sampled decoding through the real jitted loop has exactly the base model's distribution; broken rules do not.
+
+On a model of 6 tokens the joint distribution of the tokens of several decoding steps is enumerated from the base model
+alone and compared with draws by chi-square. Every broken rule that peers have shipped is rejected by the same test.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import chi2
+
+from mtp_jax.decoding import drafting, loop, sampling
+from mtp_jax.decoding.generator import Generator, Sampling, decoding_variables
+from mtp_jax.decoding.plan import parse_plan, quadratic
+from mtp_jax.errors import UserError
+from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.weights import PROJECTIONS, init_params
+from mtp_jax.mtp.adapter import AdapterShape, init_adapter
+
+V, NEW, DRAWS, BATCH = 6, 5, 24_000, 4_000
+PROMPT = [1, 4, 2]
+NEVER = 1e-6  # a right rule fails with this probability
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.8,
+}
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """A base model of six tokens and an adapter whose drafts are neither right nor hopeless."""
+    g = Geometry.from_config(CONFIG)
+    params = init_params(g, jax.random.key(3))
+    shape = AdapterShape(2, 4, 8.0, PROJECTIONS, "residual")
+    adapter = init_adapter(g, shape, params["embed"]["embedding"], jax.random.key(4))
+    drawn = iter(jax.random.split(jax.random.key(5), 50))
+    adapter = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(drawn), x.shape), adapter)
+    return g, params, shape, adapter
+
+
+@pytest.fixture
+def make(parts):
+    """A function that makes a fresh generator with a plan."""
+
+    def generator(plan, shortlist=4):
+        g, params, shape, adapter = parts
+        copies = jax.tree.map(jnp.copy, params)
+        variables = decoding_variables(g, copies, adapter, shape, jnp.dtype("float32"), kernels=True)
+        made = Generator(g, variables, None, (), jnp.dtype("float32"), shape, plan)
+        made.shortlist = shortlist
+        return made
+
+    return generator
+
+
+def tempered(logits, how):
+    """The distribution that `how` asks for, by the definition and one row at a time."""
+    p = np.exp((logits - logits.max()) / how.temperature)
+    p /= p.sum()
+    order = np.argsort(-p)
+    kept = order[: how.top_k or V]
+    share = p[kept] / p[kept].sum()
+    size = int(np.searchsorted(np.cumsum(share), how.top_p - 1e-9)) + 1
+    out = np.zeros(V)
+    out[kept[:size]] = p[kept[:size]] / p[kept[:size]].sum()
+    return out
+
+
+@pytest.fixture(scope="module")
+def exact(parts):
+    """A function from a way to sample to the probability of every text of NEW tokens."""
+    g, params, *_ = parts
+    from mtp_jax.model.decoder import Decoder
+
+    model = Decoder(g)
+    texts = np.array(list(itertools.product(range(V), repeat=NEW)), np.int32)
+    tokens = np.concatenate([np.tile(PROMPT, (len(texts), 1)), texts], axis=1)
+
+    @jax.jit
+    def forward(tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        latents, _ = model.apply({"params": params}, tokens, positions)
+        return model.apply({"params": params}, latents, method="logits")
+
+    with jax.default_matmul_precision("highest"):
+        logits = np.asarray(forward(tokens), np.float64)[:, len(PROMPT) - 1 : -1]
+
+    def joint(how):
+        seen, probability = {}, np.ones(len(texts))
+        for i, text in enumerate(texts):
+            for j in range(NEW):
+                key = tuple(text[:j])
+                if key not in seen:
+                    seen[key] = tempered(logits[i, j], how)
+                probability[i] *= seen[key][text[j]]
+        assert abs(probability.sum() - 1) < 1e-9
+        return probability
+
+    return joint
+
+
+def draws(generator, how):
+    """Texts of NEW tokens by the compiled loop, as numbers, and their decoding steps."""
+    numbers, steps = [], []
+    for start in range(0, DRAWS, BATCH):
+        for done in generator.complete([PROMPT] * BATCH, NEW, BATCH, how, start):
+            numbers.append(int(np.polyval(done.token_ids, V)))
+            steps.append(done.steps)
+    return np.bincount(numbers, minlength=V**NEW), np.mean(steps)
+
+
+def improbability(counts, probability):
+    """p-value of chi-square, rare texts pooled; 0 where something impossible was drawn."""
+    if counts[probability == 0].any():
+        return 0.0
+    order = np.argsort(-probability)
+    expected, found = probability[order] * counts.sum(), counts[order]
+    big = expected >= 8
+    expected = np.append(expected[big], expected[~big].sum())
+    found = np.append(found[big], found[~big].sum())
+    some = expected > 0
+    statistic = np.sum((found[some] - expected[some]) ** 2 / expected[some])
+    return float(chi2.sf(statistic, some.sum() - 1))
+
+
+WAYS = {
+    "plain": Sampling(1.0, seed=7),
+    "top-p": Sampling(0.8, top_p=0.85, seed=7),
+    "top-k": Sampling(1.3, top_k=3, seed=7),
+}
+QUICK = (("quadratic:2", True, "top-p"), ("quadratic:2", False, "top-k"), ("linear:2", True, "plain"))
+CASES = [
+    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow, id="-".join(map(str, case)))
+    for case in itertools.product(("quadratic:2", "linear:2"), (True, False), WAYS)
+]
+
+
+@pytest.mark.parametrize(("plan", "sampled_drafts", "way"), CASES)
+def test_draws_have_the_models_own_distribution(make, exact, plan, sampled_drafts, way):
+    plan, how = parse_plan(plan), dataclasses.replace(WAYS[way], sampled_drafts=sampled_drafts)
+    counts, steps = draws(make(plan), how)
+    assert improbability(counts, exact(how)) > NEVER
+    assert 2 <= steps < NEW - 1  # some drafts are accepted, not all
+
+
+@pytest.mark.slow
+def test_the_whole_vocabulary_instead_of_a_shortlist(make, exact):
+    how = Sampling(0.8, top_p=0.85, seed=1)
+    counts, _ = draws(make(quadratic(2), shortlist=None), how)
+    assert improbability(counts, exact(how)) > NEVER
+
+
+def count_matches(monkeypatch):
+    """Acceptance by the number of agreeing drafts, not by the prefix."""
+    monkeypatch.setattr(sampling, "prefix", lambda right: jnp.sum(right, axis=1))
+
+
+def ratio_untruncated(monkeypatch):
+    """Drafts drawn from a truncated q, judged by the q before truncation."""
+    right, real = drafting.distribution, loop.choose_drafts
+    collected = []
+
+    def distribution(logits, how, truncated):
+        collected.append(right(logits, how, False))
+        return right(logits, how, truncated)
+
+    def choose(*arguments):
+        collected.clear()
+        chain, proposal = real(*arguments)
+        return chain, proposal._replace(probabilities=jnp.stack(collected, axis=1))
+
+    monkeypatch.setattr(drafting, "distribution", distribution)
+    monkeypatch.setattr(loop, "choose_drafts", choose)
+
+
+def residual_of_p(monkeypatch):
+    """A rejected draft replaced by a draw from p, not from (p - q)+."""
+    monkeypatch.setattr(sampling, "residual", lambda p, ids, mass: p)
+
+
+@pytest.mark.parametrize("broken", [count_matches, ratio_untruncated, residual_of_p], ids=lambda rule: rule.__name__)
+def test_the_same_test_rejects_a_broken_rule(make, exact, broken, monkeypatch):
+    broken(monkeypatch)
+    how = Sampling(1.3, top_p=0.75, seed=7)
+    counts, _ = draws(make(quadratic(2)), how)
+    assert improbability(counts, exact(how)) < NEVER
+
+
+def test_a_rows_draws_depend_on_seed_and_number_alone(make):
+    generator = make(quadratic(2))
+    how = Sampling(seed=3)
+    together = [done.token_ids for done in generator.complete([PROMPT] * 6, NEW, 6, how)]
+    alone = [done.token_ids for done in generator.complete([PROMPT] * 6, NEW, 1, how)]
+    assert together == alone and len({tuple(t) for t in together}) > 1
+    assert [d.token_ids for d in generator.complete([PROMPT] * 2, NEW, 2, how, 4)] == together[4:]
+    other = [done.token_ids for done in generator.complete([PROMPT] * 6, NEW, 6, Sampling(seed=4))]
+    assert other != together
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"temperature": 0.0}, "temperature 0.0: should be above 0"),
+        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_k": 0}, "top-k 0"),
+        ({"top_p": 0.0}, "top-p 0.0"),
+        ({"top_p": 1.5}, "top-p 1.5"),
+        ({"seed": -1}, "seed -1"),
+    ],
+)
+def test_what_cannot_be_sampled_from_is_refused(options, says):
+    with pytest.raises(UserError, match=says):
+        Sampling(**options)
