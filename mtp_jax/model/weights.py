@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from mtp_jax.model.geometry import Geometry
@@ -126,6 +127,10 @@ def unstack_layers(params: Params) -> Params:
     items: list[tuple[tuple[str, ...], Any]] = []
     stacked = [((name, kind), leaf) for name, leaves in params["layers"].items() for kind, leaf in leaves.items()]
     for path, leaf in stacked:
-        items += [((f"layer_{i}", *path), layer) for i, layer in enumerate(leaf)]
+        layers = list(leaf)
+        if isinstance(leaf.sharding, NamedSharding):  # a layer lies where its part of the stack lay
+            placed = NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+            layers = jax.device_put(layers, placed)
+        items += [((f"layer_{i}", *path), layer) for i, layer in enumerate(layers)]
         leaf.delete()
     return rest | build_tree(items)

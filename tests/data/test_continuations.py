@@ -93,6 +93,7 @@ def test_another_files_continuations_are_not_overwritten(command, write_config, 
     assert listing(folder) == before
 
 
+@pytest.mark.slow
 def test_training_reads_them_and_evaluates_on_held_out_documents(command, write_config, tree):
     assert command("regenerate", "--config", write_config(tree)).code == 0
     train(validate(tree, "tree"))

@@ -121,3 +121,52 @@ def test_process_prints_json_and_ends_with_0(start, finish, small_folder):
 
 def test_process_refuses_with_2_and_one_line(start, finish, tmp_path):
     refused(finish(start("generate", "--model", tmp_path / "none", "--prompt", "a")), ["no such folder"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--plan", "cubic:2"], ["cubic:2", "unknown plan"]),
+        (["--plan", "blocks:0,2,2"], ["never draft again"]),
+        (["--plan", "quadratic:2"], ["takes 2 masks", "no adapter"]),
+        (["--plan", "auto"], ["--plan auto", "--adapter"]),
+        (["--temperature", "-1"], ["--temperature -1.0", "at least 0"]),
+        (["--top-p", "0.5"], ["--temperature too"]),
+        (["--temperature", "1", "--top-p", "1.5"], ["top-p 1.5"]),
+        (["--stream", "--json"], ["--stream"]),
+        (["--shortlist", "-2"], ["--shortlist -2"]),
+    ],
+)
+def test_options_that_do_not_do_are_refused(command, small_folder, arguments, says):
+    refused(command("generate", "--model", small_folder, "--prompt", "the", *arguments), says)
+
+
+def test_sampling_repeats_with_its_seed(command, small_folder):
+    arguments = ["generate", "--model", small_folder, "--prompt", "the", "--max-new-tokens", 12, "--json"]
+    texts = [
+        json.loads(command(*arguments, "--temperature", "1", "--seed", seed).out)["token_ids"] for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_streamed_text_is_the_text(command, small_folder):
+    arguments = ["generate", "--model", small_folder, "--prompt", "the cat", "--max-new-tokens", 20]
+    plain, streamed = command(*arguments), command(*arguments, "--stream")
+    assert streamed.code == 0, streamed
+    assert streamed.out.rsplit("[", 1)[0] == plain.out.rsplit("[", 1)[0]
+
+
+def test_comparison_says_both_speeds_and_whether_output_is_the_same(command, small_folder):
+    outcome = command("generate", "--model", small_folder, "--prompt", "the cat", "--max-new-tokens", 9, "--compare")
+    assert "output identical: 1 of 1" in outcome.out and outcome.out.count("tokens per step") == 2, outcome
+
+
+def test_a_conversation_goes_on_with_what_was_said(command, small_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(small_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}cat:")
+    lines = iter(["hi", "so", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    outcome = command("generate", "--model", folder, "--chat", "--max-new-tokens", 3)
+    assert outcome.code == 0 and outcome.out.count("[none: 3 tokens") == 2, outcome
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(iter([])))
+    refused(command("generate", "--model", small_folder, "--chat"), ["no chat template"])

@@ -140,7 +140,7 @@ WAYS = {
     "top-p": Sampling(0.8, top_p=0.85, seed=7),
     "top-k": Sampling(1.3, top_k=3, seed=7),
 }
-QUICK = (("quadratic:2", True, "top-p"), ("quadratic:2", False, "top-k"), ("linear:2", True, "plain"))
+QUICK = (("quadratic:2", True, "top-p"), ("linear:2", False, "top-k"))
 CASES = [
     pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow, id="-".join(map(str, case)))
     for case in itertools.product(("quadratic:2", "linear:2"), (True, False), WAYS)
@@ -201,12 +201,11 @@ def test_the_same_test_rejects_a_broken_rule(make, exact, broken, monkeypatch):
 def test_a_rows_draws_depend_on_seed_and_number_alone(make):
     generator = make(quadratic(2))
     how = Sampling(seed=3)
-    together = [done.token_ids for done in generator.complete([PROMPT] * 6, NEW, 6, how)]
-    alone = [done.token_ids for done in generator.complete([PROMPT] * 6, NEW, 1, how)]
-    assert together == alone and len({tuple(t) for t in together}) > 1
-    assert [d.token_ids for d in generator.complete([PROMPT] * 2, NEW, 2, how, 4)] == together[4:]
-    other = [done.token_ids for done in generator.complete([PROMPT] * 6, NEW, 6, Sampling(seed=4))]
-    assert other != together
+    together = [done.token_ids for done in generator.complete([PROMPT] * 4, NEW, 2, how)]
+    assert [done.token_ids for done in generator.complete([PROMPT] * 4, NEW, 1, how)] == together
+    assert len({tuple(tokens) for tokens in together}) > 1
+    assert [done.token_ids for done in generator.complete([PROMPT] * 2, NEW, 2, how, 2)] == together[2:]
+    assert [done.token_ids for done in generator.complete([PROMPT] * 4, NEW, 2, Sampling(seed=4))] != together
 
 
 @pytest.mark.parametrize(

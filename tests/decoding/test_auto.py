@@ -1,0 +1,95 @@
+"""The automatic plan: expected tokens against a simulated chain, and the choice from given costs."""
+
+import random
+
+import numpy as np
+import pytest
+
+from mtp_jax.decoding import auto
+from mtp_jax.decoding.auto import candidates, choose_plan, expected_tokens, survival
+from mtp_jax.decoding.generator import Completion
+from mtp_jax.decoding.plan import linear, parse_plan, plain, quadratic
+
+SURVIVES = np.array([0.7, 0.45, 0.3, 0.2])
+
+
+def simulated(plan, survives, steps=200_000):
+    """Mean tokens per step of decoding whose drafts up to depth i are right with probability survives[i - 1]."""
+    draw, valid, tokens = random.Random(1), plan.floating or plan.masks[0], 0
+    for _ in range(steps):
+        luck = draw.random()
+        accepted = sum(luck < chance for chance in survives[:valid])
+        tokens += accepted + 1
+        floated = plan.floating if accepted == valid else 0
+        valid = floated if plan.floating else plan.masks[accepted]
+    return tokens / steps
+
+
+@pytest.mark.parametrize("name", ["none", "quadratic:1", "quadratic:4", "linear:1", "linear:3", "blocks:3,1,0,2"])
+def test_expected_tokens_are_those_of_a_simulated_chain(name):
+    plan = parse_plan(name)
+    assert abs(expected_tokens(plan, SURVIVES) - simulated(plan, SURVIVES)) < 0.01
+
+
+def test_survival_counts_prefixes():
+    done = [Completion([], [], 4, [1, 1, 2], 0.0, 0.0), Completion([], [], 4, [3, 1, 0], 0.0, 0.0)]
+    assert survival(done).tolist() == [0.5, 0.25]
+
+
+def test_candidates_fit_the_adapter():
+    for masks in (1, 3, 8):
+        plans = candidates(masks)
+        assert len(set(plans)) == len(plans) and linear(1) in plans
+        for plan in plans:
+            assert plan.block <= masks and parse_plan(str(plan)) == plan
+
+
+class Machine:
+    """Stands in for a generator: a step of r rows takes `cost(r)` seconds, drafts are right as SURVIVES says."""
+
+    shortlist, one_head, dtype, identity = 256, False, "float32", "machine"
+
+    def __init__(self, cost, masks=4):
+        self.cost, self.runs, self.plan = cost, 0, plain()
+        self.shape = type("Shape", (), {"masks": masks})
+
+    def complete(self, prompts, new_tokens, batch_size):
+        self.runs += 1
+        reach = np.concatenate([[1.0], SURVIVES[: self.plan.drafts], [0.0]])
+        histogram = np.round(100_000 * (reach[:-1] - reach[1:])).astype(int).tolist()
+        seconds = self.cost(self.plan.rows) * 100
+        return [Completion([], [], 100, histogram, 0.0, seconds) for _ in prompts]
+
+
+@pytest.mark.parametrize(
+    ("cost", "best"),
+    [
+        (lambda rows: 1.0, quadratic(4)),  # bound by reading weights
+        (lambda rows: float(rows), plain()),  # every row is paid for
+        (lambda rows: 1.0 if rows <= 4 else rows / 2, quadratic(1)),
+    ],
+)
+def test_the_plan_with_the_most_tokens_per_second_is_taken(cost, best, tmp_path):
+    machine = Machine(cost)
+    choice = choose_plan(machine, [[1]] * 4, 1, cache=None)
+    assert choice.plan == best == machine.plan
+    assert choice.expected[str(best)] == max(choice.expected.values())
+    rate = expected_tokens(best, SURVIVES) / cost(best.rows)
+    assert abs(choice.expected[str(best)] / rate - 1) < 0.01
+    assert "auto: " in str(choice)
+
+
+def test_a_choice_is_kept_per_machine_and_batch(tmp_path):
+    machine = Machine(lambda rows: 1.0)
+    first = choose_plan(machine, [[1]] * 4, 1, cache=str(tmp_path))
+    runs = machine.runs
+    machine.plan = plain()
+    assert choose_plan(machine, [[1]] * 4, 1, cache=str(tmp_path)) == first and machine.runs == runs
+    assert machine.plan == first.plan
+    choose_plan(machine, [[1]] * 4, 2, cache=str(tmp_path))
+    assert machine.runs > runs
+    machine.identity = "another"
+    runs = machine.runs
+    choose_plan(machine, [[1]] * 4, 1, cache=str(tmp_path))
+    assert machine.runs > runs and len(list(tmp_path.glob("*.json"))) == 3
+    assert auto.CACHE.startswith("~")

@@ -1,0 +1,47 @@
+"""A model spread over devices writes what it writes on one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.model.folder import load_params, read_geometry
+from mtp_jax.model.weights import PROJECTIONS
+from mtp_jax.mtp.adapter import AdapterShape, init_adapter
+from mtp_jax.mtp.adapter_folder import fingerprint, write_adapter
+
+PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14]]
+
+
+def test_fsdp_and_tensor_axes_change_no_token(small_folder, tmp_path):
+    g = read_geometry(small_folder)
+    table = load_params(small_folder, g, jnp.float32)["embed"]["embedding"]
+    shape = AdapterShape(2, 4, 8.0, PROJECTIONS, "residual")
+    adapter = init_adapter(g, shape, table, jax.random.key(0))
+    adapter = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), adapter)
+    base = {"name": "small", "fingerprint": fingerprint(small_folder)}
+    write_adapter(tmp_path / "adapter", g, shape, adapter, base, {}, jnp.dtype("float32"))
+    outcome = subprocess.run(
+        [
+            sys.executable,
+            Path(__file__).with_name("sharded_decode.py"),
+            small_folder,
+            tmp_path / "adapter",
+            json.dumps(PROMPTS),
+        ],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    found = json.loads(outcome.stdout.splitlines()[-1])
+    for plan in ("quadratic:2", "sampled"):
+        assert found[f"many {plan}"] == found[f"one {plan}"], plan
+    assert found["one sharded"] == 0 and found["many sharded"] > 0.5
+    tokens = [tokens for tokens, _ in found["one none"]]
+    assert [tokens for tokens, _ in found["many quadratic:2"]] == tokens
