@@ -10,6 +10,7 @@ import pytest
 
 from mtp_jax.decoding import loop
 from mtp_jax.decoding.generator import Generator, decoding_variables
+from mtp_jax.decoding.loop import Limits
 from mtp_jax.decoding.plan import linear, parse_plan, quadratic
 from mtp_jax.errors import UserError
 from mtp_jax.model.folder import load_params
@@ -182,6 +183,29 @@ def test_context_limit_inside_drafts_is_exact(small, monkeypatch):
     (done,) = decoded(generator, "quadratic:4", [prompts[2]], 1000, 1)
     generator.compiled.clear()
     assert len(done.token_ids) == 64 - 20 and done.token_ids[:NEW] == texts[2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prefill_leaves_real_rows_bit_identical_whatever_the_adapter_holds(small_folder, dtype):
+    generator, _ = equipped(small_folder, dtype, scale=5.0)
+    generator.plan = quadratic(2)
+    prompts = np.arange(2, 42, dtype=np.int32).reshape(2, 20)
+    limits = Limits(jnp.asarray([40, 30]), jnp.zeros(0, jnp.int32))
+    prefill = jax.jit(generator.decoding().prefill, static_argnums=(4, 5))
+
+    def left(scale):
+        fused = jax.tree.map_with_path(
+            lambda path, x: x if path[-1].key in ("kernel", "bias") else x * scale, generator.variables["fused"]
+        )
+        mtp = jax.tree.map(lambda x: x * scale, generator.variables["mtp"])
+        variables = {**generator.variables, "fused": fused, "mtp": mtp}
+        state = prefill(variables, prompts, jnp.asarray([20, 13]), limits, 48, generator.dtype)
+        first = jnp.take_along_axis(state.tokens, jnp.asarray([[20], [13]]), axis=1)
+        return jax.device_get((state.cache, first)), np.asarray(state.drafts)
+
+    (still, _), (noisy, drafts) = left(0.0), left(1.0)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(still), jax.tree.leaves(noisy), strict=True))
+    assert not np.array_equal(left(0.0)[1], drafts)  # the masks do meet the adapter
 
 
 @pytest.mark.parametrize("masks", [2, pytest.param(4, marks=pytest.mark.slow)])
