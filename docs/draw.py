@@ -89,14 +89,14 @@ def seen_by_masks(batch: dict[str, np.ndarray], masks: int, window: int | None =
     count, T = batch["anchors"].shape[1], batch["tokens"].shape[1]
     H = T + count * masks  # one head, as wide as there are keys
     units, heads = np.eye(H, dtype=np.float32), (1, count, masks, 1, H)
-    real = LayerCache(np.zeros((1, T, 1, H), np.float32), units[:T].reshape(1, T, 1, H))
-    own = LayerCache(np.zeros(heads, np.float32), units[T:].reshape(heads))
+    real = LayerCache(np.zeros((1, 1, T, H), np.float32), units[:T].reshape(1, 1, T, H))
+    own = (np.zeros(heads, np.float32), units[T:].reshape(heads))
 
     @jax.jit  # compiled once, instead of every small operation by itself
-    def probe(batch: Any, real: LayerCache, own: LayerCache) -> jax.Array:
+    def probe(batch: Any, real: LayerCache, own: tuple[jax.Array, jax.Array]) -> jax.Array:
         blocks = blocks_of(batch["anchors"], batch["positions"], batch["segments"])
         keys = Keys(batch["positions"], batch["segments"])
-        return attend_blocks(own.k, own, real, blocks, keys, window, chunk=count)
+        return attend_blocks(own[0], own, real, blocks, keys, window, chunk=count)
 
     fields = {name: batch[name] for name in ("anchors", "positions", "segments")}
     return np.asarray(probe(fields, real, own)[0, :, :, 0]) > 0
