@@ -18,7 +18,7 @@ quickstart: $(VENV)/.plot ## train a multi-token predictor for the bundled model
 	$(BIN)/python -m mtp_jax.train --config configs/quickstart.yaml
 	$(BIN)/python -m mtp_jax.evaluate --model $(MODEL) --adapter runs/quickstart --batches 10 --sequence-length 256 \
 		--prompts 32 --plot runs/quickstart/foresight.png
-	$(BIN)/python -m mtp_jax.generate --model $(MODEL) --adapter runs/quickstart --plan quadratic:2 --compare \
+	$(BIN)/python -m mtp_jax.generate --model $(MODEL) --adapter runs/quickstart --plan quadratic:1 --compare \
 		--prompt "$$(printf '$(PROMPT)')" --max-new-tokens 64
 
 .PHONY: test

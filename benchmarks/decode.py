@@ -5,8 +5,9 @@
     ... --batch-size 8                                  the same in batches
     ... --transformers                                  also its greedy and prompt-lookup decoding, batch 1 (torch)
 
-All rows decode the same prompts with the same weights, and take turns: in every round each of them runs once. Shown are
-medians over rounds. Seconds are those of decoding steps; prefill stands apart. Output is compared with plain decoding.
+All rows decode the same prompts with the same weights, and take turns: in every round each of them runs once. Shown
+are medians over rounds, also of the ratios within a round. Seconds are those of decoding steps; prefill stands apart.
+Output is compared with plain decoding.
 """
 
 import argparse
@@ -32,11 +33,14 @@ from mtp_jax.model.folder import find_folder
 class Ours:
     """Decoding with a plan."""
 
-    def __init__(self, generator: Generator, plan: BlockPlan, name: str, new: int, batch: int):
+    def __init__(
+        self, generator: Generator, plan: BlockPlan, name: str, new: int, batch: int, one_head: bool | None = None
+    ):
         self.generator, self.plan, self.name, self.new, self.batch = generator, plan, name, new, batch
+        self.one_head = batch == 1 if one_head is None else one_head
 
     def __call__(self, prompts: list[list[int]]) -> list[Completion]:
-        self.generator.plan = self.plan
+        self.generator.plan, self.generator.one_head = self.plan, self.one_head
         return self.generator.complete(prompts, self.new, self.batch)
 
 
@@ -79,6 +83,10 @@ def speed(done: list[Completion], batch: int) -> tuple[float, float]:
     )
 
 
+def _ratio(own: list[float], other: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(own, other, strict=True))
+
+
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,7 +114,7 @@ def main() -> None:
         calibration = [ids for turn in zip(*domains.values(), strict=False) for ids in turn]
         choice = choose_plan(generator, calibration, size, cache=None)
         print(choice, file=sys.stderr)
-        rows.append(Ours(generator, choice.plan, f"auto = {choice.plan}", a.new_tokens, size))
+        rows.append(Ours(generator, choice.plan, f"auto = {choice.plan}", a.new_tokens, size, choice.one_head))
     if a.transformers:
         folder, context = find_folder(a.model), generator.g.max_positions
         rows.append(Transformers(folder, "transformers", a.new_tokens, generator.stops, context))
@@ -124,7 +132,7 @@ def main() -> None:
             for row in rows:
                 found[row.name].append(row(prompts))
         batch = {row.name: 1 if isinstance(row, Transformers) else size for row in rows}
-        rate = {n: statistics.median(speed(done, batch[n])[0] for done in runs) for n, runs in found.items()}
+        speeds = {n: [speed(done, batch[n])[0] for done in runs] for n, runs in found.items()}
         plain = [c.token_ids for c in found[names[0]][0]]
         columns = (
             "tokens per step",
@@ -138,13 +146,13 @@ def main() -> None:
         for row in rows:
             done = found[row.name][0]
             steps, tokens = sum(c.steps for c in done), sum(len(c.token_ids) for c in done)
-            theirs = rate.get("transformers")
+            own, theirs = speeds[row.name], speeds.get("transformers")
             table.add_row(
                 row.name,
                 f"{(tokens - len(done)) / steps:.2f}" if steps else "",
-                f"{rate[row.name]:.0f}",
-                f"{rate[row.name] / rate[names[0]]:.2f}x",
-                f"{rate[row.name] / theirs:.2f}x" if theirs else "",
+                f"{statistics.median(own):.0f}",
+                f"{_ratio(own, speeds[names[0]]):.2f}x",
+                f"{_ratio(own, theirs):.2f}x" if theirs else "",
                 f"{speed(done, batch[row.name])[1]:.2f}" if steps else "",
                 f"{sum(c.token_ids == p for c, p in zip(done, plain, strict=True))} of {len(done)}",
             )

@@ -1,6 +1,6 @@
 """Draw the pictures of how-it-works.md from the functions that training itself calls.
 
-    python docs/draw.py                 writes docs/pictures/*.png; needs the extra `plot`
+    python docs/draw.py                 writes docs/pictures/; needs the extra `plot`
 
 Anchors, targets and the keys that a row sees are computed by the package; only the diagram of the two streams is drawn
 by hand.
@@ -18,7 +18,12 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
+from rich.console import Console
+from rich.text import Text
 
+from mtp_jax.decoding.generator import Generator
+from mtp_jax.decoding.plan import quadratic
+from mtp_jax.decoding.show import PassWriter
 from mtp_jax.model.attention import Keys, LayerCache, attend_blocks, visibility
 from mtp_jax.mtp.blocks import Targets, blocks_of, choose_anchors, hash_positions, targets_of
 
@@ -28,6 +33,7 @@ NEIGHBOUR = ("It", "slept", "well")  # another document of the same packed seque
 NUMBER = 61  # of the sentence's document, which its anchors are drawn by
 M = 3
 G = 2
+PROMPT = 'def parse_header(line):\n    """Parse a Content-type like header.\n'
 
 # The colours of Okabe and Ito, which the colour-blind can tell apart, and shades of them.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6E6E6E"
@@ -355,6 +361,19 @@ DRAWINGS = {
 }
 
 
+def completion() -> str:
+    """A completion of the bundled model by its ready adapter, as the terminal shows it, in SVG."""
+    generator = Generator.load("bundled:stdlib-5m", "float32", "bundled:stdlib-5m", quadratic(4))
+    console = Console(record=True, width=100, file=io.StringIO(), highlight=False)
+    writer = PassWriter(generator.tokenizer, console)
+    [done] = generator([PROMPT], 96)
+    console.print(Text(PROMPT), end="")
+    writer(done.token_ids, done.emitted_by)
+    writer.finish()
+    title = f"{len(done.token_ids)} tokens in {done.steps} passes: neighbouring passes differ in colour"
+    return console.export_svg(title=title)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PICTURES, metavar="FOLDER")
@@ -362,6 +381,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, draw in DRAWINGS.items():
         save(draw(), out / f"{name}.png")
+    (out / "completion.svg").write_text(completion(), encoding="utf-8")
 
 
 if __name__ == "__main__":

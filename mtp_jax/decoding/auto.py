@@ -7,6 +7,7 @@ run with the deepest plan shows. The choice is kept on disk per model, adapter, 
 import hashlib
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from mtp_jax.decoding.generator import Completion, Generator
 from mtp_jax.decoding.plan import BlockPlan, linear, parse_plan, plain, quadratic
+from mtp_jax.model.products import native
 
 CACHE = "~/.cache/mtp_jax/plans"
 _DRAFTS = (1, 2, 3, 4, 6, 8)
@@ -27,11 +29,13 @@ class Choice(NamedTuple):
     """A plan, and what was measured."""
 
     plan: BlockPlan
+    one_head: bool  # base head over all rows in one product
     expected: dict[str, float]  # tokens per second and sequence, by plan
 
     def __str__(self) -> str:
         shown = sorted(self.expected.items(), key=lambda item: -item[1])[:5]
-        return f"auto: {self.plan} (expected tokens/s: {', '.join(f'{name} {rate:.0f}' for name, rate in shown)})"
+        head = ", one product for the base head" if self.one_head else ""
+        return f"auto: {self.plan}{head} (expected tokens/s: {', '.join(f'{name} {rate:.0f}' for name, rate in shown)})"
 
 
 def survival(completions: list[Completion]) -> np.ndarray:
@@ -75,7 +79,9 @@ def candidates(masks: int) -> list[BlockPlan]:
 def choose_plan(
     generator: Generator, prompts: list[list[int]], batch_size: int, new_tokens: int = 64, cache: str | None = CACHE
 ) -> Choice:
-    """Measure on `prompts` and choose; sets `generator.plan`.
+    """Measure on `prompts` and choose; sets `generator.plan` and `generator.one_head`.
+
+    The base head runs over real rows and then over one block, or over all rows at once, whichever takes less time.
 
     Args:
         cache: folder of earlier choices; None to measure anew and keep nothing.
@@ -84,8 +90,8 @@ def choose_plan(
     kept = None if cache is None else Path(cache).expanduser() / f"{_identity(generator, batch_size)}.json"
     if kept is not None and kept.is_file():
         stored = json.loads(kept.read_text())
-        generator.plan = parse_plan(stored["plan"])
-        return Choice(generator.plan, stored["expected"])
+        generator.plan, generator.one_head = parse_plan(stored["plan"]), stored["one_head"]
+        return Choice(generator.plan, generator.one_head, stored["expected"])
     prompts = prompts[: max(8, batch_size)]
     prompts = (prompts * batch_size)[: -(-len(prompts) // batch_size) * batch_size]  # whole batches
 
@@ -102,12 +108,16 @@ def choose_plan(
     survives = np.zeros(0)
 
     def measure(plans: list[BlockPlan]) -> None:
+        """Costs as multiples of a plain step's in the same round: machines slow down and speed up by the minute."""
         nonlocal survives
-        for plan in plans:
+        together = [plain(), *(plan for plan in plans if plan != plain())]
+        for plan in together:
             run(plan)  # compiles
-        rounds = [{plan: run(plan) for plan in plans} for _ in range(_ROUNDS)]  # in turn: machines drift
-        for plan in plans:
-            seconds[plan] = statistics.median(cost(done[plan]) for done in rounds)
+        rounds = [{plan: run(plan) for plan in together} for _ in range(_ROUNDS)]
+        seconds.setdefault(plain(), statistics.median(cost(done[plain()]) for done in rounds))
+        for plan in together[1:]:
+            share = statistics.median(cost(done[plan]) / cost(done[plain()]) for done in rounds)
+            seconds[plan] = share * seconds[plain()]
             found = survival(rounds[0][plan])
             if len(set(plan.masks)) == 1 and not plan.floating and len(found) > len(survives):
                 survives = found
@@ -115,7 +125,7 @@ def choose_plan(
     def rate(plan: BlockPlan, step: float) -> float:
         return expected_tokens(plan, survives) / step
 
-    measure([plain(), quadratic(1)])
+    measure([quadratic(1)])
     for d in (d for d in _DRAFTS[1:] if d <= generator.shape.masks):
         measure([quadratic(d)])
         best = max(rate(plan, step) for plan, step in seconds.items())
@@ -129,20 +139,34 @@ def choose_plan(
     }
     ranked = sorted(predicted, key=lambda plan: -predicted[plan])[:_FINALISTS]
     leaders = sorted(seconds, key=lambda plan: -rate(plan, seconds[plan]))[:2]
-    measure(list(dict.fromkeys([*ranked, *leaders, plain()])))
+    measure(list(dict.fromkeys([*ranked, *leaders])))
     expected = {str(plan): rate(plan, step) for plan, step in seconds.items()}
     chosen = max(seconds, key=lambda plan: expected[str(plan)])
     generator.plan = chosen
+    if chosen.mask_rows:
+        generator.one_head = _one_head_is_faster(generator, lambda: cost(run(chosen)))
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(".part")
-        part.write_text(json.dumps({"plan": str(chosen), "expected": expected}))
+        part.write_text(json.dumps({"plan": str(chosen), "one_head": generator.one_head, "expected": expected}))
         part.rename(kept)
-    return Choice(chosen, expected)
+    return Choice(chosen, generator.one_head, expected)
+
+
+def _one_head_is_faster(generator: Generator, seconds: Callable[[], float]) -> bool:
+    shares = []
+    for turn in range(_ROUNDS + 1):
+        step = {}
+        for one_head in (False, True):
+            generator.one_head = one_head
+            step[one_head] = seconds()
+        if turn:  # the first one compiles
+            shares.append(step[True] / step[False])
+    return statistics.median(shares) < 1
 
 
 def _identity(generator: Generator, batch_size: int) -> str:
     device = jax.devices()[0]
     of: list[Any] = [generator.identity, batch_size, device.device_kind, jax.device_count(), str(generator.dtype)]
-    of += [generator.shortlist, generator.one_head, jax.__version__]
+    of += [generator.shortlist, jax.__version__, native()]
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]

@@ -1,5 +1,6 @@
 """From the latents of one block of masks to its drafts, chosen one after another by the sampler head."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,13 +9,13 @@ from jaxtyping import Array, Float, Int, Key
 
 from mtp_jax.decoding.choice import likeliest
 from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw
-from mtp_jax.model.decoder import Decoder
-from mtp_jax.mtp.sampler import sample_latent
+from mtp_jax.mtp.sampler import read_latent, sample_latent
 
 
 def choose_drafts(
-    model: Decoder,
-    params: Any,
+    embed: Callable[[Array], Array],
+    head: Callable[[Array], Array],
+    table: Float[Array, "V D"],
     sampler: Any | None,
     form: str,
     latents: Float[Array, "B M D"],
@@ -26,28 +27,31 @@ def choose_drafts(
     """The drafts of a block behind the token `first`, and what they were drawn from where drafts are sampled.
 
     Args:
+        embed: input embeddings of tokens.
+        head: logits of latents.
+        table: the base head's.
         sampler: weights of the sampler head; without one, drafts are those of the base head.
         scores: the base head's logits of the block; not needed by a sampler without shortlist.
-        shortlist: how many candidates of each mask row, by the base head, the sampler may choose from; None for all.
+        shortlist: how many candidates of each mask row (`candidates`) the sampler may choose from; None for all.
     """
     B, M, _ = latents.shape
-    table = model.apply(params, method="unembedding")
     V = table.shape[0]
     ids, rows = None, None
     if sampler is not None and shortlist is not None and shortlist < V:
-        _, ids = jax.lax.top_k(scores, shortlist)
+        ids = candidates(scores, shortlist)
         rows = table[ids].astype(latents.dtype)
     drafts, proposed = [], []
     previous = first
+    read = None if sampler is None else read_latent(sampler, latents)
     for j in range(M):
         if sampler is None:
             assert scores is not None
             logits = scores[:, j]
         else:
-            embedding = model.apply(params, previous, method="embeddings")
-            latent = sample_latent(sampler, form, embedding, latents[:, j])
+            embedding = embed(previous)
+            latent = sample_latent(sampler, form, embedding, latents[:, j], read[:, j])
             if rows is None:
-                logits = model.apply(params, latent, method="logits")
+                logits = head(latent)
             else:
                 logits = jnp.einsum("bd,bcd->bc", latent, rows[:, j], preferred_element_type=jnp.float32)
         if sampling is not None and sampling[0].sampled_drafts:
@@ -66,3 +70,17 @@ def choose_drafts(
         return chain, Proposal(chain[..., None], jnp.ones((B, M, 1), jnp.float32))
     every = jnp.broadcast_to(jnp.arange(V), (B, M, V)) if ids is None else ids
     return chain, Proposal(every, jnp.stack(proposed, axis=1))
+
+
+def candidates(scores: Float[Array, "... V"], count: int) -> Int[Array, "... C"]:
+    """The likeliest token of each of `count` classes of tokens, those that are equal modulo `count`.
+
+    Not quite the `count` likeliest tokens: one that shares its class with a likelier one is missed. But it takes one
+    pass, where sorting costs more than the sampler saves; the loss is measured in docs/benchmarks.md.
+    """
+    V = scores.shape[-1]
+    rows = -(-V // count)
+    lowest = jnp.finfo(scores.dtype).min
+    padded = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, rows * count - V)], constant_values=lowest)
+    best = likeliest(padded.reshape(*scores.shape[:-1], rows, count).swapaxes(-1, -2))
+    return jnp.minimum(best * count + jnp.arange(count), V - 1)

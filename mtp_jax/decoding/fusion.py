@@ -2,11 +2,13 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import block_diag
 from jaxtyping import Array
 
 from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.products import Transposed, TransposedLora, native
 from mtp_jax.model.weights import Params, unstack_layers
 
 # Groups of projections that read one input; `Layer.step` knows them by these names.
@@ -21,34 +23,43 @@ def fuse(g: Geometry, params: Params, lora: Params | None, dtype: jnp.dtype, ker
         kernels: join the base's matrices too. Not where they are sharded over columns: parts would have to move.
     """
     params = unstack_layers(params)
-    layers: dict[str, Any] = {f"layer_{i}": {} for i in range(g.L)}
-    if lora is not None:
-        joined = join_lora(g, lora, dtype)
-        for i in range(g.L):
-            layers[f"layer_{i}"] = {group: {k: leaf[i] for k, leaf in pair.items()} for group, pair in joined.items()}
-    for name in layers if kernels else ():
+    transpose = in_cpp(dtype, kernels)
+    layers: dict[str, Any] = {}
+    for i in range(g.L):
+        layer = layers[f"layer_{i}"] = {}
         for group, names in GROUPS.items():
-            parts = [params[name].pop(projection) for projection in names]
-            into = layers[name].setdefault(group, {})
-            into |= {kind: jnp.concatenate([part[kind] for part in parts], axis=-1) for kind in parts[0]}
+            into = layer[group] = {}
+            if lora is not None and any(name in lora["layers"] for name in names):
+                a, b = _lora_parts(g, lora["layers"], names, i, dtype)
+                into |= _transposed_lora(a, b) if transpose else {"a": jnp.concatenate(a, axis=-1), "b": block_diag(*b)}
+            if kernels:
+                parts = [params[f"layer_{i}"].pop(name) for name in names]
+                into |= {kind: jnp.concatenate([part[kind] for part in parts], axis=-1) for kind in parts[0]}
+                if transpose:
+                    into["kernel"] = Transposed(into["kernel"].T)
     return params, layers
 
 
-def join_lora(g: Geometry, lora: Params, dtype: jnp.dtype) -> dict[str, dict[str, Array]]:
-    """For each group A [L, in, n R] and B [L, n R, out] of its n adapted projections, B by blocks, else zero."""
+def in_cpp(dtype: jnp.dtype, kernels: bool) -> bool:
+    """Whether the C++ product takes a step's matrices: joined ones in float32, where it is at hand."""
+    return kernels and dtype == jnp.float32 and native()
+
+
+def _lora_parts(
+    g: Geometry, lora: Params, names: tuple[str, ...], layer: int, dtype: jnp.dtype
+) -> tuple[list[Array], list[Array]]:
+    """A [in, R] and B [R, out] of each projection; of rank 0 where it has none."""
     widths = {"q": g.N * g.H, "k": g.K * g.H, "v": g.K * g.H, "o": g.D, "gate": g.F, "up": g.F, "down": g.D}
-    out = {}
-    for group, names in GROUPS.items():
-        pairs = {name: jax.tree.map(jnp.asarray, lora["layers"][name]) for name in names if name in lora["layers"]}
-        if not pairs:
-            continue
-        rank = next(iter(pairs.values()))["b"].shape[1]
-        b = jnp.zeros((g.L, rank * len(pairs), sum(widths[name] for name in names)), dtype)
-        column = 0
-        for name in names:
-            if name in pairs:
-                row = list(pairs).index(name) * rank
-                b = b.at[:, row : row + rank, column : column + widths[name]].set(pairs[name]["b"].astype(dtype))
-            column += widths[name]
-        out[group] = {"a": jnp.concatenate([pair["a"].astype(dtype) for pair in pairs.values()], axis=-1), "b": b}
-    return out
+    width = next(lora[name]["a"].shape[1] for name in names if name in lora)
+    none = {"a": jnp.zeros((g.L, width, 0)), "b": None}
+    a = [jnp.asarray(lora.get(name, none)["a"][layer], dtype) for name in names]
+    b = [jnp.asarray(lora[name]["b"][layer] if name in lora else jnp.zeros((0, widths[name])), dtype) for name in names]
+    return a, b
+
+
+def _transposed_lora(a: list[Array], b: list[Array]) -> dict[str, TransposedLora]:
+    ranks, widths = [part.shape[0] for part in b], [part.shape[1] for part in b]
+    rows = [jnp.pad(part, ((0, max(ranks) - len(part)), (0, 0))).T for part in b]  # none adds zero
+    offsets = [int(sum(ranks[:i])) if rank else 0 for i, rank in enumerate(ranks)]
+    ends = tuple(int(end) for end in np.cumsum(widths))
+    return {"lora": TransposedLora(jnp.concatenate(a, axis=-1).T, jnp.concatenate(rows), ends, tuple(offsets))}

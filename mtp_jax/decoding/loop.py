@@ -4,6 +4,7 @@ A step verifies the drafts it was given and finds the next ones, in one pass of 
 the block plan says how many of each (method.md, section 5). Plain decoding is the plan without drafts.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from mtp_jax.decoding.plan import BlockPlan
 from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, prefix, verify
 from mtp_jax.model.attention import empty_cache
 from mtp_jax.model.decoder import Cache, Decoder, MaskRows
+from mtp_jax.model.products import times
 
 # Prompts are prefilled this many rows at a time, which bounds the memory of attention scores.
 PREFILL_CHUNK = 512
@@ -50,7 +52,8 @@ class Limits(NamedTuple):
 class Decoding:
     """Everything static about a decoding loop. Hashable.
 
-    Its variables are `params`, and for a plan with masks `fused` (`decoding.fusion`) and `mtp` (masks, sampler).
+    Its variables are `params`, `fused` (`decoding.fusion`), for a plan with masks `mtp` (masks, sampler), and where the
+    base head's table is multiplied in C++, `head`.
     """
 
     model: Decoder
@@ -213,6 +216,8 @@ class Decoding:
         return self.model.apply(base, tokens, start, cache, masks, variables.get("fused"), first, method="step")
 
     def _logits(self, variables: Any, latents: Array) -> Float[Array, "... V"]:
+        if "head" in variables:
+            return times(latents, variables["head"])
         return self.model.apply({"params": variables["params"]}, latents, method="logits")
 
     def _drafts(
@@ -232,7 +237,11 @@ class Decoding:
             assert how is not None
             sampling = (self.sampling, how, self._keys(state, 1))
         params = {"params": variables["params"]}
-        return choose_drafts(self.model, params, sampler, self.sampler, block, scores, first, self.shortlist, sampling)
+        embed = functools.partial(self.model.apply, params, method="embeddings")
+        table = self.model.apply(params, method="unembedding")
+        head = functools.partial(self._logits, variables)
+        form = self.sampler
+        return choose_drafts(embed, head, table, sampler, form, block, scores, first, self.shortlist, sampling)
 
     def _keys(self, state: DecodeState, purpose: int) -> Key[Array, " B"]:
         """Fresh keys for this step of each sequence: its length grows with every step."""

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mtp_jax.model.attention import Blocks, Keys, LayerCache, attend, attend_blocks, visibility
 from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.products import Transposed, adapted_times, attend_slots, attends, times
 from mtp_jax.model.rope import angles, rotate
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -35,6 +36,7 @@ class Rows(NamedTuple):
     visible: Bool[Array, "kinds B R S"]
     start: Int[Array, " B"]  # position of the first row, where a cache is written
     own_visible: Bool[Array, "kinds B R R"] | None = None  # of a step's rows among themselves
+    held: tuple[Int[Array, "kinds B R"], Int[Array, "kinds B R"]] | None = None  # first slot a step's row sees, and end
 
 
 class MaskRows(NamedTuple):
@@ -151,7 +153,7 @@ class Layer(nn.Module):
 
         Args:
             fused: matrices by group of projections that read one input: `kernel` (and `bias`) of the group, where they
-                are not left to the projections, and `a` and `b` of its LoRA, which mask rows alone meet.
+                are not left to the projections, and `a` and `b` (or `lora`) of its LoRA, which mask rows alone meet.
             real: how many rows are real.
             first: nothing is in the cache yet.
         """
@@ -159,12 +161,15 @@ class Layer(nn.Module):
 
         def project(group: str, names: tuple[str, ...], x: Array) -> Array:
             joined = fused.get(group, {})
-            if "kernel" in joined:
-                y = x @ joined["kernel"]
-                y = y + joined["bias"] if "bias" in joined else y
+            if "lora" in joined and real < x.shape[1]:
+                y = adapted_times(x, real, joined["kernel"], joined["lora"])
+            elif "kernel" in joined:
+                y = times(x, joined["kernel"])
             else:
                 y = jnp.concatenate([getattr(self, name)(x) for name in names], axis=-1)
-            if real < x.shape[1] and "a" in joined:
+            if "bias" in joined:
+                y = y + joined["bias"]
+            if "a" in joined and real < x.shape[1]:
                 y = jnp.concatenate([y[:, :real], y[:, real:] + (x[:, real:] @ joined["a"]) @ joined["b"]], axis=1)
             return y
 
@@ -175,8 +180,12 @@ class Layer(nn.Module):
         q, k = rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin)
         own = LayerCache.of_rows(k, v)
         held = None if first else LayerCache(cache.k.astype(x.dtype), cache.v.astype(x.dtype))
-        assert rows.own_visible is not None
-        h = attend(q, held, rows.visible[kind], own, rows.own_visible[kind])
+        assert rows.own_visible is not None and rows.held is not None
+        if held is not None and attends(g.H) and isinstance(fused.get("attention_in", {}).get("kernel"), Transposed):
+            low, high = (bound[kind] for bound in rows.held)
+            h = attend_slots(q, held, low, high, own, rows.own_visible[kind])
+        else:
+            h = attend(q, held, rows.visible[kind], own, rows.own_visible[kind])
         # Always 0, and not known before the old cache was read: XLA then writes in place, and copies it otherwise.
         late = jnp.minimum(jnp.isnan(h[:, 0, 0, 0]).astype(jnp.int32), 0)
         cache = cache.write(LayerCache(own.k[:, :, :real], own.v[:, :, :real]), rows.start + late)
@@ -321,16 +330,17 @@ class Decoder(nn.Module):
             reach = jnp.concatenate([reach, masks.anchors], axis=1)
             block, order = np.append(block, masks.blocks - masks.blocks.min()), np.append(order, masks.offsets)
         slots = jnp.arange((cache if isinstance(cache, LayerCache) else cache[0]).k.shape[-2])
-        held = (slots < start[:, None, None]) & (slots <= reach[..., None])
         same = (block[:, None] == block) & (block >= 0) & (order[:, None] >= order)
         own = same | ((block < 0) & (positions[:, None, :] <= reach[..., None]))
-
-        def within(seen: Array, keys: Array) -> Array:  # a window is measured from a row's own position
-            distance = positions[..., None] - keys
-            return jnp.stack([seen if window is None else seen & (distance < window) for window in windows])
-
-        visible = (within(held, slots), within(own, positions[:, None, :]))
-        rows = Rows(*angles(g.rope, positions), visible[0], start, visible[1])
+        # A window is measured from a row's own position.
+        distance = positions[..., None] - positions[:, None, :]
+        own = jnp.stack([own if window is None else own & (distance < window) for window in windows])
+        low = jnp.stack(
+            [jnp.zeros_like(positions) if w is None else jnp.maximum(positions - w + 1, 0) for w in windows]
+        )
+        high = jnp.broadcast_to(jnp.minimum(start[:, None], reach + 1), low.shape)
+        visible = (low[..., None] <= slots) & (slots < high[..., None])
+        rows = Rows(*angles(g.rope, positions), visible, start, own, (low, high))
 
         def body(layer: Layer, x: Array, kind: Any, cache: LayerCache, fused: Any) -> tuple[Array, LayerCache]:
             return layer.step(x, rows, kind, cache, fused, R, first)

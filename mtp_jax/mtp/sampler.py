@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from mtp_jax.model.products import Matrix, times
 from mtp_jax.model.weights import Params, Weight
 
 _EPSILON = 1e-5
@@ -43,20 +44,34 @@ def init_sampler(D: int, form: str, embedding_rms: Array, key: PRNGKeyArray) -> 
 
 
 def sample_latent(
-    sampler: Params, form: str, previous: Float[Array, "... D"], z: Float[Array, "... D"]
+    sampler: Params,
+    form: str,
+    previous: Float[Array, "... D"],
+    z: Float[Array, "... D"],
+    read: Float[Array, "... D"] | None = None,
 ) -> Float[Array, "... D"]:
     """The latent whose unembedding predicts the next token, from z and the embedding of the token chosen before it.
 
     Args:
-        sampler: weights of `sampler_table`.
+        sampler: weights of `sampler_table`, or as decoding has them: the first kernel's halves apart.
         form: "paper", MLP([E[prev]; z]), or "residual", z + MLP([E[prev]; z]).
+        read: what `read_latent` gives for z, where that was computed before.
     """
-    h = jnp.concatenate([previous.astype(z.dtype), z], axis=-1)
-    for i in range(2):
-        linear, norm = sampler[f"linear_{i}"], sampler[f"norm_{i}"]
-        h = h @ linear["kernel"].astype(h.dtype) + linear["bias"].astype(h.dtype)
-        h = _layer_norm(nn.silu(h), norm)
+    h = times(previous.astype(z.dtype), _halves(sampler)[0]) + (read_latent(sampler, z) if read is None else read)
+    h = _layer_norm(nn.silu(h), sampler["norm_0"])
+    linear = sampler["linear_1"]
+    h = _layer_norm(nn.silu(times(h, linear["kernel"]) + linear["bias"].astype(h.dtype)), sampler["norm_1"])
     return z + h if form == "residual" else h
+
+
+def read_latent(sampler: Params, z: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """What the first linear layer reads from z; the rest of it waits for the token chosen before."""
+    return times(z, _halves(sampler)[1]) + sampler["linear_0"]["bias"].astype(z.dtype)
+
+
+def _halves(sampler: Params) -> tuple[Matrix, Matrix]:
+    kernel = sampler["linear_0"]["kernel"]
+    return kernel if isinstance(kernel, tuple) else (kernel[: len(kernel) // 2], kernel[len(kernel) // 2 :])
 
 
 def _layer_norm(x: Float[Array, "... D"], norm: Params) -> Float[Array, "... D"]:

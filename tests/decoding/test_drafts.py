@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.decoding import loop
+from mtp_jax.decoding import fusion, loop
+from mtp_jax.decoding.drafting import candidates
 from mtp_jax.decoding.generator import Generator, decoding_variables
 from mtp_jax.decoding.loop import Limits
 from mtp_jax.decoding.plan import linear, parse_plan, quadratic
 from mtp_jax.errors import UserError
 from mtp_jax.model.folder import load_params
+from mtp_jax.model.products import Transposed
 from mtp_jax.model.weights import PROJECTIONS
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
 from mtp_jax.mtp.adapter_folder import fingerprint, write_adapter
@@ -126,6 +128,24 @@ def test_every_way_to_draft_is_lossless(small_folder, small, form, one_head, sho
     assert [d.token_ids for d in done] == texts
 
 
+def test_xla_alone_gives_the_same_tokens(small_folder, small, monkeypatch):
+    _, prompts, texts = small
+    monkeypatch.setattr(fusion, "native", lambda: False)
+    generator, _ = equipped(small_folder)
+    assert not isinstance(generator.variables["fused"]["layer_0"]["mlp_in"]["kernel"], Transposed)
+    for plan in ("none", "quadratic:2"):
+        assert [d.token_ids for d in decoded(generator, plan, prompts, NEW, 3)] == texts
+
+
+@pytest.mark.parametrize(("V", "count"), [(300, 32), (256, 64), (7, 6)])
+def test_candidates_are_the_likeliest_of_their_classes(V, count):
+    scores = np.random.default_rng(0).normal(size=(2, 3, V)).astype(np.float32)
+    found = np.asarray(candidates(scores, count))
+    for row, ids in zip(scores.reshape(-1, V), found.reshape(-1, count), strict=True):
+        assert ids.tolist() == [max(range(c, V, count), key=row.__getitem__) for c in range(count)]
+        assert row.argmax() in ids
+
+
 @pytest.mark.parametrize("plan", ["linear:4", "quadratic:2", "blocks:4,2,1,1,4"])
 @pytest.mark.parametrize("new", [1, 17, pytest.param(NEW, marks=pytest.mark.slow)])
 def test_perfect_drafts_take_as_few_steps_as_there_can_be(small, plan, new, monkeypatch):
@@ -195,7 +215,7 @@ def test_prefill_leaves_real_rows_bit_identical_whatever_the_adapter_holds(small
 
     def left(scale):
         fused = jax.tree.map_with_path(
-            lambda path, x: x if path[-1].key in ("kernel", "bias") else x * scale, generator.variables["fused"]
+            lambda path, x: x if path[2].key in ("kernel", "bias") else x * scale, generator.variables["fused"]
         )
         mtp = jax.tree.map(lambda x: x * scale, generator.variables["mtp"])
         variables = {**generator.variables, "fused": fused, "mtp": mtp}

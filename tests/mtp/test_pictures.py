@@ -67,7 +67,9 @@ def test_the_example_is_the_one_of_the_page():
 
 def test_every_picture_is_there_and_shown():
     page = (DOCS / "how-it-works.md").read_text()
-    assert {path.stem for path in (DOCS / "pictures").iterdir()} == set(draw.DRAWINGS)
+    drawn = {f"{name}.png" for name in draw.DRAWINGS} | {"completion.svg"}
+    assert {path.name for path in (DOCS / "pictures").iterdir()} == drawn
+    assert "](docs/pictures/completion.svg)" in (DOCS.parent / "README.md").read_text()
     for name in draw.DRAWINGS:
         assert f"](pictures/{name}.png)" in page
         assert (DOCS / "pictures" / f"{name}.png").stat().st_size < 150_000
