@@ -11,7 +11,6 @@ from mtp_jax.config import Config, TokenizerRecipe
 from mtp_jax.data.examples import Example
 from mtp_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from mtp_jax.errors import UserError
-from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.folder import (
     find_folder,
     load_params,
@@ -100,8 +99,3 @@ def load_base(base: Base, mesh: jax.sharding.Mesh, seed: int, dtype: jnp.dtype) 
         lambda key: init_params(base.g, key, dtype), out_shardings=table_sharding(mesh, weight_table(base.g))
     )
     return draw(jax.random.key(seed))
-
-
-def make_decoder(base: Base, config: Config) -> Decoder:
-    """The model as the config wants it computed."""
-    return Decoder(base.g, jnp.dtype(config.model.compute_dtype), config.model.remat)

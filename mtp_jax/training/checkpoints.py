@@ -93,8 +93,3 @@ class Checkpoints:
         if failures:
             raise failures[0]
         sys.unraisablehook = self.say_unraisable
-
-
-def abstract(tree: Any, shardings: Any) -> Any:
-    """Shapes and dtypes of a tree with the shardings it shall have."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -13,6 +13,7 @@ from mtp_jax.data.pipeline import held_out_batches
 from mtp_jax.mtp.adapter_folder import find_adapter, read_shape
 from mtp_jax.training import sharding
 from mtp_jax.training.base import find_base
+from mtp_jax.training.program import build_program
 from mtp_jax.training.tasks import MultiTokenTask
 
 
@@ -54,10 +55,11 @@ def adapter_figures(
     mesh = sharding.make_mesh(config.mesh)
     with sharding.on(mesh):
         base = find_base(config, [], Path())
-        task = MultiTokenTask(config, base, mesh, lambda batch: jax.device_put(dict(batch)))
+        program = build_program(config, base.g, mesh)
+        task = MultiTokenTask(config, base, program, lambda batch: jax.device_put(dict(batch)))
         trained = task.start()
         task.choose_prompts(documents)
-        held = held_out_batches(documents, base.tokenizer, batch_size, sequence_length, batches, task.anchors)
+        held = held_out_batches(documents, base.tokenizer, batch_size, sequence_length, batches, program.anchors)
         return task.evaluate(trained, held)
 
 

@@ -17,16 +17,15 @@ from mtp_jax.data.sources import read_sources
 from mtp_jax.data.supervision import check_supervision
 from mtp_jax.errors import FULL_DISK, UserError
 from mtp_jax.model.folder_writer import parameter_count
-from mtp_jax.model.weights import build_tree
 from mtp_jax.training import sharding
 from mtp_jax.training.base import check_base, find_base
-from mtp_jax.training.checkpoints import Checkpoints, abstract
+from mtp_jax.training.checkpoints import Checkpoints
 from mtp_jax.training.journal import Journal, Trackers, check_trackers
-from mtp_jax.training.optimizer import learning_rate, make_optimizer
+from mtp_jax.training.program import build_program, check_divides
 from mtp_jax.training.progress import ProgressBar
 from mtp_jax.training.recorder import Recorder
-from mtp_jax.training.step import TrainState, make_train_step
-from mtp_jax.training.tasks import MultiTokenTask, check_adapter, make_task, shapes_of
+from mtp_jax.training.step import TrainState
+from mtp_jax.training.tasks import MultiTokenTask, check_adapter, make_task
 
 # A run may continue with other values of these; anything else would change what it computes.
 _FREE = ("output_dir", "checkpoints", "logging", "compilation_cache", "mesh")
@@ -40,7 +39,7 @@ def train(config: Config) -> Path:
     """
     # ---- where everything lies, checked before anything is written
     mesh = sharding.make_mesh(config.mesh)
-    _check_divides(config, mesh)
+    check_divides(config, mesh)
     run_dir = Path(config.output_dir).expanduser()
     training, held_out = read_sources(config.data)
     if config.evaluation.every is not None and not held_out:
@@ -65,7 +64,8 @@ def train(config: Config) -> Path:
         def place(batch: Batch) -> dict[str, jax.Array]:
             return {name: jax.device_put(value, spread) for name, value in batch.items() if name != "documents"}
 
-        task = make_task(config, base, mesh, place)
+        program = build_program(config, base.g, mesh)
+        task = make_task(config, base, program, place)
         batches, documents = training_batches(
             training,
             [1.0] if config.data.continuations else [source.weight for source in config.data.sources],
@@ -73,23 +73,17 @@ def train(config: Config) -> Path:
             config.train.batch_size,
             config.train.sequence_length,
             config.seed,
-            task.anchors,
+            program.anchors,
         )
 
-        # ---- state: shapes first, so that a restored run never holds two
-        decays = build_tree([(weight.path, weight.decays) for weight in task.table])
-        tx = make_optimizer(config.train, decays)
-        weights = sharding.table_sharding(mesh, task.table)
-        trained = shapes_of(task.table)
-        placed = TrainState(sharding.replicated(mesh), weights, sharding.optimizer_sharding(mesh, tx, trained, weights))
-        shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(tx.init, trained))
+        # ---- state
         start = checkpoints.latest()
         if start is not None:
-            state = checkpoints.restore(start, abstract(shapes, placed), batches)
+            state = checkpoints.restore(start, program.state, batches)
         else:
             params = task.start()
-            optimizer = jax.jit(tx.init, out_shardings=placed.optimizer)(params)
-            state = TrainState(jax.device_put(jnp.int32(0), placed.step), params, optimizer)
+            optimizer = jax.jit(program.tx.init, out_shardings=program.placed.optimizer)(params)
+            state = TrainState(jax.device_put(jnp.int32(0), program.placed.step), params, optimizer)
         start = start or 0
         if config.evaluation.every is not None and isinstance(task, MultiTokenTask):
             task.choose_prompts(held_out)
@@ -101,12 +95,6 @@ def train(config: Config) -> Path:
         trackers = Trackers(config, run_dir, start)
 
         # ---- steps
-        step_fn = jax.jit(
-            make_train_step(task.objective, tx, learning_rate(config.train), config.train.accumulation),
-            donate_argnums=0,
-            out_shardings=(placed, sharding.replicated(mesh)),
-        )
-
         def held_out_figures() -> dict[str, Any]:
             held = held_out_batches(
                 held_out,
@@ -114,7 +102,7 @@ def train(config: Config) -> Path:
                 config.train.batch_size,
                 config.train.sequence_length,
                 config.evaluation.batches,
-                task.anchors,
+                program.anchors,
             )
             return {f"held_out_{name}": value for name, value in task.evaluate(state.trained, held).items()}
 
@@ -132,7 +120,7 @@ def train(config: Config) -> Path:
                 batch = next(batches)
                 waited = time.perf_counter() - waited
                 _check_trainable(batch, step)
-                state, values = step_fn(state, task.frozen, place(batch))
+                state, values = program.step(state, task.frozen, place(batch))
                 record.step(step, values, batch, waited)  # reads the step before, while this one runs
                 due = step == config.train.steps
                 if config.evaluation.every and (due or step % config.evaluation.every == 0):
@@ -151,15 +139,6 @@ def train(config: Config) -> Path:
         for journal in (metrics, timing, trackers):
             journal.close()
     return out
-
-
-def _check_divides(config: Config, mesh: jax.sharding.Mesh) -> None:
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    part = config.train.batch_size // config.train.accumulation
-    if part % ways:
-        raise UserError(
-            f"train.batch_size / train.accumulation = {part} sequences do not divide over data x fsdp = {ways} devices."
-        )
 
 
 def _check_trainable(batch: Batch, step: int) -> None:

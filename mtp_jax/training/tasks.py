@@ -11,35 +11,27 @@ import numpy as np
 from mtp_jax.config import Config
 from mtp_jax.data.encoding import Encoder
 from mtp_jax.data.examples import Example
-from mtp_jax.data.pipeline import Anchors, Batch
+from mtp_jax.data.pipeline import Batch
 from mtp_jax.decoding.loop import Decoding, Limits
 from mtp_jax.decoding.plan import BlockPlan
 from mtp_jax.errors import UserError
 from mtp_jax.model.folder import find_folder, read_geometry, read_json, stop_ids
 from mtp_jax.model.folder_writer import parameter_count, write_folder
-from mtp_jax.model.weights import Params, Weight, build_tree, weight_table
-from mtp_jax.mtp.adapter import AdapterShape, adapter_table, init_adapter
+from mtp_jax.model.weights import Params
+from mtp_jax.mtp.adapter import init_adapter
 from mtp_jax.mtp.adapter_folder import find_adapter, fingerprint, load_adapter, write_adapter
 from mtp_jax.mtp.estimate import Continuations, Estimator, table
-from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
-from mtp_jax.training.base import Base, load_base, make_decoder
+from mtp_jax.mtp.losses import MultiTokenLoss
+from mtp_jax.training.base import Base, load_base
 from mtp_jax.training.evaluation import make_evaluate
 from mtp_jax.training.next_token import NextToken
-from mtp_jax.training.sharding import table_sharding
-from mtp_jax.training.step import Objective
-
-_DEFAULT_ANCHORS = 64
-# Attention scores of mask rows that may exist at a time, over the batch, in bytes.
-_SCORE_BYTES = 256 << 20
+from mtp_jax.training.program import Program, adapter_shape
 
 
 class Task(Protocol):
     """An objective with everything a run needs around it."""
 
-    objective: Objective
-    table: tuple[Weight, ...]  # every trained array: gradient, optimizer state and checkpoint exist for these alone
     frozen: Params | None
-    anchors: Anchors | None
 
     def start(self) -> Params:
         """Fresh values of what is trained."""
@@ -51,22 +43,20 @@ class Task(Protocol):
         """Write the result; returns its folder."""
 
 
-def make_task(config: Config, base: Base, mesh: jax.sharding.Mesh, place: Callable[[Batch], Any]) -> Task:
-    """The task of a config's objective."""
-    return (NextTokenTask if config.objective == "next_token" else MultiTokenTask)(config, base, mesh, place)
+def make_task(config: Config, base: Base, program: Program, place: Callable[[Batch], Any]) -> Task:
+    """The task of a config's objective; a frozen base is loaded."""
+    return (NextTokenTask if config.objective == "next_token" else MultiTokenTask)(config, base, program, place)
 
 
 class NextTokenTask:
     """Trains all base weights, in float32, and writes a Hugging Face folder."""
 
     frozen = None
-    anchors = None
 
-    def __init__(self, config: Config, base: Base, mesh: jax.sharding.Mesh, place: Callable[[Batch], Any]):
-        self.config, self.base, self.mesh = config, base, mesh
-        self.objective = NextToken(make_decoder(base, config), config.train.loss_chunk)
-        self.table = weight_table(base.g)
-        self.held_out = make_evaluate(self.objective, place)
+    def __init__(self, config: Config, base: Base, program: Program, place: Callable[[Batch], Any]):
+        assert isinstance(program.objective, NextToken)
+        self.config, self.base, self.mesh = config, base, program.mesh
+        self.held_out = make_evaluate(program.objective, place)
 
     def start(self) -> Params:
         """The base's weights, or new ones."""
@@ -91,39 +81,19 @@ class NextTokenTask:
 class MultiTokenTask:
     """Trains gated LoRA, masks and sampler beside the frozen base, and writes an adapter folder."""
 
-    def __init__(self, config: Config, base: Base, mesh: jax.sharding.Mesh, place: Callable[[Batch], Any]):
-        assert config.lora is not None and config.mtp is not None and base.folder is not None
-        self.config, self.base, self.mesh, self.place = config, base, mesh, place
-        self.shape = adapter_shape(config)
-        self.table = adapter_table(base.g, self.shape)
-        count = _DEFAULT_ANCHORS if config.train.anchors is None else config.train.anchors
-        T = config.train.sequence_length
-        self.anchors = Anchors(None if count == "all" else min(count, T), config.seed)  # type: ignore[type-var]
-        model, m = make_decoder(base, config), config.mtp
-        rows = config.train.batch_size // config.train.accumulation
-        per_block = 4 * rows * base.g.N * self.shape.masks * T
-        terms = LossTerms(
-            target=m.target,
-            base_weight=m.weights.base,
-            sampler_weight=m.weights.sampler,
-            lcm_weight=m.weights.lcm,
-            sampler_on_real=m.sampler_on_real,
-            offset_weights=m.offset_weights,
-            decay=m.decay,
-            kl_warmup_steps=m.kl_warmup_steps,
-        )
-        chunk = max(1, _SCORE_BYTES // per_block)
-        self.objective = MultiTokenLoss(model, self.shape, terms, config.train.loss_chunk, chunk)
-        # Frozen weights are kept as they are computed with: nothing is added to them that would need more.
-        self.frozen = {"params": load_base(base, mesh, config.seed, jnp.dtype(config.model.compute_dtype))}
+    def __init__(self, config: Config, base: Base, program: Program, place: Callable[[Batch], Any]):
+        assert base.folder is not None and isinstance(program.objective, MultiTokenLoss)
+        self.config, self.base, self.program, self.place = config, base, program, place
+        self.objective, self.shape = program.objective, program.objective.shape
+        self.frozen = {"params": load_base(base, program.mesh, config.seed, jnp.dtype(config.model.compute_dtype))}
         self.sums = jax.jit(self._sums)
-        estimator = Estimator(model, self.shape, chunk)
+        estimator = Estimator(self.objective.model, self.shape, self.objective.attention_chunk)
         self.accepted = jax.jit(estimator.accepted)
         self.continuations: Continuations | None = None
 
     def start(self) -> Params:
         """A fresh adapter, or the one of `model.adapter`."""
-        placed = table_sharding(self.mesh, self.table)
+        placed = self.program.placed.trained
         if self.config.model.adapter is not None:
             _, adapter = load_adapter(find_adapter(self.config.model.adapter), self.base.g, self.base.folder)
             adapter["mtp"]["masks"] = adapter["mtp"]["masks"][: self.shape.masks]
@@ -190,14 +160,6 @@ class MultiTokenTask:
         return out
 
 
-def adapter_shape(config: Config) -> AdapterShape:
-    """What a config's adapter consists of."""
-    assert config.lora is not None and config.mtp is not None
-    lora = config.lora
-    alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
-    return AdapterShape(config.mtp.masks, lora.rank, alpha, tuple(lora.targets), config.mtp.sampler, lora.gated)
-
-
 def check_adapter(config: Config) -> None:
     """Read the adapter that a run starts from and write nothing.
 
@@ -242,8 +204,3 @@ def held_out_prompts(documents: list[Example], tokenizer: Any, count: int, lengt
 def plain(value: Any) -> Any:
     """A number, or a list of numbers, for a line of JSON."""
     return np.asarray(value).tolist()
-
-
-def shapes_of(table: tuple[Weight, ...]) -> Params:
-    """Shapes of a table's float32 arrays."""
-    return build_tree([(weight.path, jax.ShapeDtypeStruct(weight.shape, jnp.float32)) for weight in table])

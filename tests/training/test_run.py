@@ -13,7 +13,7 @@ from conftest import listing, read_lines
 
 from mtp_jax.config import validate
 from mtp_jax.errors import UserError
-from mtp_jax.training import run, tasks
+from mtp_jax.training import program, run, tasks
 from mtp_jax.training.checkpoints import Checkpoints
 from mtp_jax.training.step import WEIGHTS_FINITE
 
@@ -29,7 +29,7 @@ def test_the_records_of_a_run(finished):
 
 def test_a_finished_run_is_not_trained_again(finished, tree, write_config, command, monkeypatch):
     shutil.copytree(finished, tree["output_dir"])
-    monkeypatch.setattr(run, "make_train_step", lambda *_: pytest.fail)
+    monkeypatch.setattr(program, "make_train_step", lambda *_: pytest.fail)
     ended = command("train", "--config", write_config(tree))
     assert ended.code == 0 and ended.out == f"model: {tree['output_dir']}/model\n"
     before, after = listing(finished), listing(tree["output_dir"])
@@ -84,7 +84,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tree, write_config, c
 
 
 def test_weights_that_overflow_are_not_saved(tree, write_config, command, monkeypatch):
-    make = run.make_train_step
+    make = program.make_train_step
 
     def overflow_at_step_3(*arguments):
         step = make(*arguments)
@@ -95,7 +95,7 @@ def test_weights_that_overflow_are_not_saved(tree, write_config, command, monkey
 
         return poisoned
 
-    monkeypatch.setattr(run, "make_train_step", overflow_at_step_3)
+    monkeypatch.setattr(program, "make_train_step", overflow_at_step_3)
     ended = command("train", "--config", write_config(tree))
     assert ended.code == 2 and "step 3 is not finite" in ended.errors[0] and "weights" in ended.errors[0]
     assert list((Path(tree["output_dir"]) / "checkpoints").iterdir()) == []
