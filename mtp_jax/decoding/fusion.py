@@ -3,12 +3,11 @@
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.linalg import block_diag
 from jaxtyping import Array
 
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.products import Transposed, TransposedLora, native
+from mtp_jax.model.products import PanelLora, native, pack
 from mtp_jax.model.weights import Params, unstack_layers
 
 # Groups of projections that read one input; `Layer.step` knows them by these names.
@@ -23,7 +22,7 @@ def fuse(g: Geometry, params: Params, lora: Params | None, dtype: jnp.dtype, ker
         kernels: join the base's matrices too. Not where they are sharded over columns: parts would have to move.
     """
     params = unstack_layers(params)
-    transpose = in_cpp(dtype, kernels)
+    panels = in_cpp(dtype, kernels)
     layers: dict[str, Any] = {}
     for i in range(g.L):
         layer = layers[f"layer_{i}"] = {}
@@ -31,12 +30,16 @@ def fuse(g: Geometry, params: Params, lora: Params | None, dtype: jnp.dtype, ker
             into = layer[group] = {}
             if lora is not None and any(name in lora["layers"] for name in names):
                 a, b = _lora_parts(g, lora["layers"], names, i, dtype)
-                into |= _transposed_lora(a, b) if transpose else {"a": jnp.concatenate(a, axis=-1), "b": block_diag(*b)}
+                into |= (
+                    {"lora": _panel_lora(a, b)} if panels else {"a": jnp.concatenate(a, axis=-1), "b": block_diag(*b)}
+                )
             if kernels:
                 parts = [params[f"layer_{i}"].pop(name) for name in names]
-                into |= {kind: jnp.concatenate([part[kind] for part in parts], axis=-1) for kind in parts[0]}
-                if transpose:
-                    into["kernel"] = Transposed(into["kernel"].T)
+                joined = {kind: [part[kind] for part in parts] for kind in parts[0]}
+                into |= {
+                    kind: pack(*arrays) if panels and kind == "kernel" else jnp.concatenate(arrays, axis=-1)
+                    for kind, arrays in joined.items()
+                }
     return params, layers
 
 
@@ -57,9 +60,8 @@ def _lora_parts(
     return a, b
 
 
-def _transposed_lora(a: list[Array], b: list[Array]) -> dict[str, TransposedLora]:
-    ranks, widths = [part.shape[0] for part in b], [part.shape[1] for part in b]
-    rows = [jnp.pad(part, ((0, max(ranks) - len(part)), (0, 0))).T for part in b]  # none adds zero
+def _panel_lora(a: list[Array], b: list[Array]) -> PanelLora:
+    ranks = [len(part) for part in b]
+    rows = [jnp.pad(part, ((0, max(ranks) - len(part)), (0, 0))) for part in b]  # none adds zero
     offsets = [int(sum(ranks[:i])) if rank else 0 for i, rank in enumerate(ranks)]
-    ends = tuple(int(end) for end in np.cumsum(widths))
-    return {"lora": TransposedLora(jnp.concatenate(a, axis=-1).T, jnp.concatenate(rows), ends, tuple(offsets))}
+    return PanelLora(pack(jnp.concatenate(a, axis=-1)), pack(*rows), tuple(offsets))

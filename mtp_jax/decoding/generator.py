@@ -20,7 +20,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.folder import find_folder, load_params, load_tokenizer, read_geometry, stop_ids
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.products import Transposed
+from mtp_jax.model.products import pack
 from mtp_jax.model.weights import Params
 from mtp_jax.mtp.adapter import AdapterShape, with_adapter
 from mtp_jax.mtp.adapter_folder import TENSORS, find_adapter, fingerprint, load_adapter
@@ -324,9 +324,9 @@ def decoding_variables(
     lora = None if shape is None or adapter is None else with_adapter({}, adapter, shape)["lora"]
     params, fused = fuse(g, params, lora, dtype, kernels)
     variables = {"params": params, "fused": fused}
-    transpose = in_cpp(dtype, kernels)
-    if transpose:
-        variables["head"] = Transposed(params["embed" if g.tied else "unembed"]["embedding"])
+    panels = in_cpp(dtype, kernels)
+    if panels:  # a copy: the shortlist and the embedding read whole rows of the table
+        variables["head"] = pack(params["embed" if g.tied else "unembed"]["embedding"].T)
     if adapter is not None:
         # Norms stay as they are: they are computed in float32.
         cast = lambda path, x: jnp.asarray(x, None if "norm" in str(path) else dtype)  # noqa: E731
@@ -335,8 +335,8 @@ def decoding_variables(
             sampler = variables["mtp"]["sampler"]
             first, second = sampler["linear_0"]["kernel"], sampler["linear_1"]["kernel"]
             halves = first[: g.D], first[g.D :]  # the one that reads the latents is multiplied beforehand
-            if transpose:
-                halves, second = tuple(Transposed(half.T) for half in halves), Transposed(second.T)
+            if panels:
+                halves, second = tuple(map(pack, halves)), pack(second)
             linear = {
                 "linear_0": sampler["linear_0"] | {"kernel": halves},
                 "linear_1": sampler["linear_1"] | {"kernel": second},

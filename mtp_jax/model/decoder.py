@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mtp_jax.model.attention import Blocks, Keys, LayerCache, attend, attend_blocks, visibility
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.products import Transposed, adapted_times, attend_slots, attends, times
+from mtp_jax.model.products import Panels, adapted_times, attend_slots, attends, times
 from mtp_jax.model.rope import angles, rotate
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -181,7 +181,7 @@ class Layer(nn.Module):
         own = LayerCache.of_rows(k, v)
         held = None if first else LayerCache(cache.k.astype(x.dtype), cache.v.astype(x.dtype))
         assert rows.own_visible is not None and rows.held is not None
-        if held is not None and attends(g.H) and isinstance(fused.get("attention_in", {}).get("kernel"), Transposed):
+        if held is not None and attends(g.H) and isinstance(fused.get("attention_in", {}).get("kernel"), Panels):
             low, high = (bound[kind] for bound in rows.held)
             h = attend_slots(q, held, low, high, own, rows.own_visible[kind])
         else:

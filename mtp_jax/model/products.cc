@@ -1,10 +1,10 @@
 // What a decoding step spends its time on, for few rows on CPU, called from compiled XLA programs: products with weights,
 // with the LoRA for those rows that meet it, and attention.
 //
-// y = x w^T is bound by reading w. XLA's own products first copy w into another order;
-// here each row of w is read once, where it lies, and meets all rows of x while it is in cache, and the rows of w that
-// come next are fetched meanwhile. Every sum runs over k in one order, so that a row's result does not depend on how many
-// rows there are beside it.
+// y = x w is bound by reading w. It lies in panels of some columns, each from its first row to its last, so that it is
+// read once and in the order of addresses: memory then gives twice of what it gives to several streams. Each number
+// of a row of x meets a vector of a panel's row, and all rows of x meet it while it is in a register. Every sum runs over k
+// in one order, so that a row's result does not depend on how many rows there are beside it.
 
 #include <algorithm>
 #include <atomic>
@@ -28,15 +28,19 @@ using Marks = ffi::Buffer<ffi::PRED, 3>;
 
 namespace {
 
-// Registers: R x C accumulators, C vectors of w and one of x. More rows of x, fewer of w.
+// Registers: accumulators for MOST rows by VECTORS of a panel, or for FEW rows by COLUMNS keys, and what they meet.
 #if defined(__AVX512F__)
-constexpr int LANES = 16, FEW = 6, FEW_COLUMNS = 4, MANY = 9, MANY_COLUMNS = 3;
+constexpr int LANES = 16, MOST = 12, FEW = 6, COLUMNS = 4;
 #elif defined(__AVX__)
-constexpr int LANES = 8, FEW = 3, FEW_COLUMNS = 4, MANY = 6, MANY_COLUMNS = 2;
+constexpr int LANES = 8, MOST = 6, FEW = 3, COLUMNS = 4;
+#elif defined(__SSE__)
+constexpr int LANES = 4, MOST = 6, FEW = 3, COLUMNS = 4;
 #else
-constexpr int LANES = 4, FEW = 6, FEW_COLUMNS = 4, MANY = 9, MANY_COLUMNS = 3;
+constexpr int LANES = 4, MOST = 12, FEW = 6, COLUMNS = 4;
 #endif
-constexpr int64_t UNIT = 24;  // columns of y that a thread takes at a time
+constexpr int VECTORS = 2, WIDTH = VECTORS * LANES;  // of a panel
+constexpr int64_t AHEAD = 2048;  // numbers of a panel that are fetched before their turn
+constexpr int64_t UNITS = 4;     // that a product is cut into for each thread
 
 typedef float Lanes __attribute__((vector_size(LANES * 4)));
 
@@ -62,50 +66,80 @@ inline float sum<2>(const float* v) {
   return v[0] + v[1];
 }
 
-// R rows of x, X apart, by C rows of w [., K] into y. Of the C rows of w that follow these, those numbered `fetch`,
-// `fetch + every`, ... are brought into cache.
-template <int R, int C, bool ADD>
-void block(const float* x, int64_t X, const float* w, int64_t K, float* y, int64_t stride, int fetch, int every) {
-  Lanes acc[R][C] = {};
-  int64_t k = 0;
-  for (; k + LANES <= K; k += LANES) {
-    for (int c = fetch; c < C; c += every) __builtin_prefetch(w + (C + c) * K + k);
-    Lanes v[C];
-    for (int c = 0; c < C; ++c) v[c] = load(w + c * K + k);
-    for (int r = 0; r < R; ++r) {
-      Lanes u = load(x + r * X + k);
-      for (int c = 0; c < C; ++c) acc[r][c] += u * v[c];
+// R rows of x, X apart, by a panel of K rows into `width` columns of y. Of the panel's rows every `every`-th, from number
+// `fetch` on, lets what lies `ahead` of it be brought into cache, as long as it lies before `until`.
+template <int R, bool ADD>
+void panel(const float* x, int64_t X, const float* w, int64_t K, float* y, int64_t stride, int64_t width, int64_t ahead,
+           const float* until, int fetch, int every) {
+  Lanes acc[R][VECTORS] = {};
+  for (int64_t k = 0; k < K; ++k, w += WIDTH) {
+    if (fetch-- == 0) {
+      const float* next = std::min(w + ahead, until);
+      for (int c = 0; c < VECTORS; ++c) __builtin_prefetch(next + c * LANES);
+      fetch = every - 1;
     }
+    Lanes v[VECTORS];
+    for (int c = 0; c < VECTORS; ++c) v[c] = load(w + c * LANES);
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < VECTORS; ++c) acc[r][c] += x[r * X + k] * v[c];
   }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) {
-      float total = sum<LANES>(reinterpret_cast<const float*>(&acc[r][c]));
-      for (int64_t rest = k; rest < K; ++rest) total += x[r * X + rest] * w[c * K + rest];
-      y[r * stride + c] = ADD ? y[r * stride + c] + total : total;
-    }
+  for (int r = 0; r < R; ++r) {
+    float* out = y + r * stride;
+    float total[WIDTH];
+    __builtin_memcpy(total, acc[r], sizeof total);
+    if (ADD)
+      for (int64_t n = 0; n < width; ++n) out[n] += total[n];
+    else
+      __builtin_memcpy(out, total, width * sizeof(float));
+  }
 }
 
-template <int R, int C, bool ADD>
-void group(int rows, const float* x, int64_t X, const float* w, int64_t K, float* y, int64_t stride, int fetch, int every) {
+template <int R, bool ADD, typename... Rest>
+void panel_by(int64_t rows, const float* x, int64_t X, Rest... rest) {
   if constexpr (R > 0) {
-    if (rows == R) return block<R, C, ADD>(x, X, w, K, y, stride, fetch, every);
-    group<R - 1, C, ADD>(rows, x, X, w, K, y, stride, fetch, every);
+    if (rows == R) return panel<R, ADD>(x, X, rest...);
+    panel_by<R - 1, ADD>(rows, x, X, rest...);
   }
 }
 
-struct Product {
-  const float *x = nullptr, *w = nullptr;
-  int64_t rows = 0, K = 0, x_stride = K;
+// Rows of x, `stride` apart.
+struct Input {
+  const float* x = nullptr;
+  int64_t rows = 0, stride = 0;
+};
 
-  // Columns [column, column + C) of y.
-  template <int C, bool ADD>
-  void columns(int64_t column, float* y, int64_t N) const {
-    constexpr int most = C == MANY_COLUMNS ? MANY : FEW;
-    int64_t groups = (rows + most - 1) / most;
+// A matrix of K rows in panels. It joins matrices that end at columns `ends`, each of which begins a panel of its own.
+struct Panels {
+  const float* w = nullptr;
+  int64_t K = 0, count = 0;
+  ffi::Span<const int64_t> ends;
+
+  struct Place {
+    int64_t column, width;
+    size_t part;
+  };
+
+  Place place(int64_t p) const {
+    int64_t begin = 0;
+    for (size_t part = 0;; begin = ends[part++]) {
+      int64_t panels = (ends[part] - begin + WIDTH - 1) / WIDTH;
+      if (p < panels) return {begin + p * WIDTH, std::min<int64_t>(WIDTH, ends[part] - begin - p * WIDTH), part};
+      p -= panels;
+    }
+  }
+
+  // x by panel p into y, whose rows are N apart. Panels up to `last` are taken after it.
+  template <bool ADD>
+  void times(Input in, int64_t p, const Place& at, int64_t last, float* y, int64_t N) const {
+    int64_t groups = (in.rows + MOST - 1) / MOST;
+    // Rows in one go leave memory no time: what comes soon is fetched. Rows in several share the next panel's rows.
+    int64_t ahead = groups == 1 ? AHEAD : K * WIDTH;
+    const float *first = w + p * K * WIDTH, *until = w + last * K * WIDTH - WIDTH;
     for (int64_t g = 0, row = 0; g < groups; ++g) {
-      int64_t count = (rows - row + groups - g - 1) / (groups - g);
-      group<most, C, ADD>(count, x + row * x_stride, x_stride, w + column * K, K, y + row * N + column, N, g, groups);
-      row += count;
+      int64_t rows = (in.rows - row + groups - g - 1) / (groups - g);
+      panel_by<MOST, ADD>(rows, in.x + row * in.stride, in.stride, first, K, y + row * N + at.column, N, at.width, ahead,
+                          until, static_cast<int>(g), static_cast<int>(groups));
+      row += rows;
     }
   }
 };
@@ -132,58 +166,76 @@ inline void pause() {
 #endif
 }
 
-// y = x w^T; for the last rows of each sequence y + inner b^T, inner = x a^T.
+// y = x w; for the last rows of each sequence y + inner b, inner = x a.
 struct Products : Work {
-  Product base;  // rows of all sequences
-  float* y;
-  int64_t N, sequences = 1, lora_rows = 0;
-  Product a;  // x is set for each sequence
-  const float* b;
-  float* inner;
-  int64_t C, rank, inner_units = 0;
-  ffi::Span<const int64_t> ends, offsets;  // columns up to ends[i] read the rank inner columns from offsets[i] on
+  Input x;  // rows of all sequences
+  Panels w, a, b;
+  float *y, *inner = nullptr;
+  int64_t N, C = 0, sequences = 1, lora_rows = 0, together = 1, inner_units = 0;
+  ffi::Span<const int64_t> offsets;  // matrix i of w reads the columns of inner from offsets[i] on
 
-  void prepare() {
-    inner_units = lora_rows ? (C + UNIT - 1) / UNIT : 0;
-    units = inner_units + (N + UNIT - 1) / UNIT;
+  void prepare(int64_t threads) {
+    together = std::clamp<int64_t>(w.count / (UNITS * threads), 1, 16);
+    inner_units = lora_rows ? a.count : 0;
+    units = inner_units + (w.count + together - 1) / together;
+  }
+
+  Input adapted(const Input& of, int64_t sequence) const {
+    return {of.x + ((sequence + 1) * (of.rows / sequences) - lora_rows) * of.stride, lora_rows, of.stride};
   }
 
   void unit(int64_t u) override {
-    base.rows <= FEW ? any<FEW_COLUMNS>(u) : any<MANY_COLUMNS>(u);
-  }
-
-  template <int W>
-  void any(int64_t u) {
-    int64_t R = base.rows / sequences;
     if (u < inner_units) {
-      for (int64_t i = 0; i < sequences; ++i) {
-        Product own = a;
-        own.x = base.x + ((i + 1) * R - lora_rows) * base.K;
-        range<W, false>(own, u * UNIT, std::min(C, (u + 1) * UNIT), inner + i * lora_rows * C, C);
-      }
+      Panels::Place at = a.place(u);
+      for (int64_t i = 0; i < sequences; ++i) a.times<false>(adapted(x, i), u, at, u + 1, inner + i * lora_rows * C, C);
       return;
     }
-    int64_t begin = (u - inner_units) * UNIT, end = std::min(N, begin + UNIT);
-    range<W, false>(base, begin, end, y, N);
+    int64_t first = (u - inner_units) * together, last = std::min(w.count, first + together);
+    for (int64_t p = first; p < last; ++p) w.times<false>(x, p, w.place(p), last, y, N);
     if (!lora_rows) return;
     while (finished.load(std::memory_order_acquire) < inner_units) pause();  // those units were taken before this one
-    for (size_t part = 0; begin < end; ++part) {
-      if (begin >= ends[part]) continue;
-      int64_t until = std::min(end, ends[part]);
-      for (int64_t i = 0; i < sequences; ++i) {
-        Product own{inner + i * lora_rows * C + offsets[part], b, lora_rows, rank, C};
-        range<W, true>(own, begin, until, y + ((i + 1) * R - lora_rows) * N, N);
-      }
-      begin = until;
+    int64_t R = x.rows / sequences;
+    for (int64_t p = first; p < last; ++p) {
+      Panels::Place at = b.place(p);
+      for (int64_t i = 0; i < sequences; ++i)
+        b.times<true>({inner + i * lora_rows * C + offsets[at.part], lora_rows, C}, p, at, last,
+                      y + ((i + 1) * R - lora_rows) * N, N);
     }
   }
-
-  template <int W, bool ADD>
-  static void range(const Product& product, int64_t column, int64_t end, float* y, int64_t N) {
-    for (; column + W <= end; column += W) product.columns<W, ADD>(column, y, N);
-    for (; column < end; ++column) product.columns<1, ADD>(column, y, N);
-  }
 };
+
+// R rows of q, X apart, by C keys [., H], into y.
+template <int R, int C>
+void dots(const float* q, int64_t X, const float* keys, int64_t H, float* y, int64_t stride) {
+  Lanes acc[R][C] = {};
+  for (int64_t h = 0; h < H; h += LANES) {
+    Lanes v[C];
+    for (int c = 0; c < C; ++c) v[c] = load(keys + c * H + h);
+    for (int r = 0; r < R; ++r) {
+      Lanes u = load(q + r * X + h);
+      for (int c = 0; c < C; ++c) acc[r][c] += u * v[c];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) y[r * stride + c] = sum<LANES>(reinterpret_cast<const float*>(&acc[r][c]));
+}
+
+template <int R, int C>
+void dots_by(int64_t rows, const float* q, int64_t X, const float* keys, int64_t H, float* y, int64_t stride) {
+  if constexpr (R > 0) {
+    if (rows == R) return dots<R, C>(q, X, keys, H, y, stride);
+    dots_by<R - 1, C>(rows, q, X, keys, H, y, stride);
+  }
+}
+
+// All rows of q by `count` keys.
+template <int C>
+void scores_of(int64_t rows, const float* q, const float* keys, int64_t H, int64_t count, float* y, int64_t stride) {
+  for (; count >= C; count -= C, keys += C * H, y += C)
+    for (int64_t row = 0; row < rows; row += FEW)
+      dots_by<FEW, C>(std::min<int64_t>(FEW, rows - row), q + row * H, H, keys, H, y + row * stride, stride);
+  if (C > 1 && count) scores_of<1>(rows, q, keys, H, count, y, stride);
+}
 
 // e^x for x <= 0, to within two units in the last place; 0 below -87.
 inline Lanes exponential(Lanes x) {
@@ -228,8 +280,8 @@ struct Attention : Work {
       for (int64_t h = 0; h < H; ++h) scaled[row * H + h] = first[row / group * N * H + row % group * H + h] * root;
     const float* k = keys + (u * S + begin) * H;
     const float* v = values + (u * S + begin) * H;
-    Products::range<FEW_COLUMNS, false>({scaled.data(), k, rows, H}, 0, held, scores.data(), width);
-    Products::range<FEW_COLUMNS, false>({scaled.data(), own_keys + u * R * H, rows, H}, 0, R, scores.data() + held, width);
+    scores_of<COLUMNS>(rows, scaled.data(), k, H, held, scores.data(), width);
+    scores_of<COLUMNS>(rows, scaled.data(), own_keys + u * R * H, H, R, scores.data() + held, width);
 
     constexpr float NEVER = -3e38f;
     for (int64_t row = 0; row < rows; ++row) {
@@ -338,33 +390,37 @@ void run(std::shared_ptr<Work> work, ffi::ThreadPool& pool) {
   team->run(std::move(work));
 }
 
-ffi::Error Plain(ffi::ThreadPool pool, Matrix x, Matrix w, ffi::Result<Matrix> y) {
+using Numbers = ffi::Span<const int64_t>;
+
+Panels panels_of(const Rows& w, Numbers ends) {
+  return {w.typed_data(), w.dimensions()[1], w.dimensions()[0], ends};
+}
+
+ffi::Error Plain(ffi::ThreadPool pool, Matrix x, Rows w, ffi::Result<Matrix> y, Numbers ends) {
   auto work = std::make_shared<Products>();
-  work->base = {x.typed_data(), w.typed_data(), x.dimensions()[0], x.dimensions()[1]};
-  work->N = w.dimensions()[0];
+  work->x = {x.typed_data(), x.dimensions()[0], x.dimensions()[1]};
+  work->w = panels_of(w, ends);
+  work->N = y->dimensions()[1];
   work->y = y->typed_data();
-  work->prepare();
+  work->prepare(pool.num_threads());
   run(work, pool);
   return ffi::Error::Success();
 }
 
-ffi::Error Adapted(ffi::ThreadPool pool, Rows x, Matrix w, Matrix a, Matrix b, ffi::Result<Rows> y,
-                   ffi::Result<Rows> inner, ffi::Span<const int64_t> ends, ffi::Span<const int64_t> offsets) {
+ffi::Error Adapted(ffi::ThreadPool pool, Rows x, Rows w, Rows a, Rows b, ffi::Result<Rows> y, ffi::Result<Rows> inner,
+                   Numbers ends, Numbers inner_ends, Numbers offsets) {
   auto work = std::make_shared<Products>();
   auto shape = x.dimensions();
   work->sequences = shape[0];
-  work->base = {x.typed_data(), w.typed_data(), shape[0] * shape[1], shape[2]};
-  work->N = w.dimensions()[0];
+  work->x = {x.typed_data(), shape[0] * shape[1], shape[2]};
+  work->w = panels_of(w, ends), work->b = panels_of(b, ends), work->a = panels_of(a, inner_ends);
+  work->N = y->dimensions()[2];
   work->y = y->typed_data();
   work->lora_rows = inner->dimensions()[1];
-  work->a = {nullptr, a.typed_data(), work->lora_rows, shape[2]};
-  work->b = b.typed_data();
+  work->C = inner->dimensions()[2];
   work->inner = inner->typed_data();
-  work->C = a.dimensions()[0];
-  work->rank = b.dimensions()[1];
-  work->ends = ends;
   work->offsets = offsets;
-  work->prepare();
+  work->prepare(pool.num_threads());
   run(work, pool);
   return ffi::Error::Success();
 }
@@ -385,11 +441,13 @@ ffi::Error Attend(ffi::ThreadPool pool, Heads q, Heads keys, Heads values, Heads
 
 }  // namespace
 
+extern "C" int mtp_jax_panel_width() { return WIDTH; }
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_product, Plain,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Matrix>().Ret<Matrix>());
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Rows>().Ret<Matrix>().Attr<Numbers>("ends"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_adapted_product, Adapted,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Rows>().Arg<Matrix>().Arg<Matrix>().Arg<Matrix>().Ret<Rows>().Ret<Rows>()
-        .Attr<ffi::Span<const int64_t>>("ends").Attr<ffi::Span<const int64_t>>("offsets"));
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Rows>().Arg<Rows>().Arg<Rows>().Arg<Rows>().Ret<Rows>().Ret<Rows>()
+        .Attr<Numbers>("ends").Attr<Numbers>("inner_ends").Attr<Numbers>("offsets"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_attention, Attend,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Heads>().Arg<Heads>().Arg<Heads>().Arg<Heads>().Arg<Heads>()
         .Arg<Slots>().Arg<Slots>().Arg<Marks>().Ret<Heads>());

@@ -1,7 +1,8 @@
-"""Products of few rows with large matrices on CPU: a call into C++ that reads each weight once (`products.cc`).
+"""Products of few rows with large matrices on CPU: calls into C++ that read each weight once, in order.
 
-The source is compiled on first use with the system's C++ compiler and kept in ~/.cache/mtp_jax/native. Without a
-compiler, or with MTP_JAX_NATIVE=0, matrices stay as they are and XLA multiplies them.
+The source, `products.cc`, is compiled on first use with the system's C++ compiler and kept in
+~/.cache/mtp_jax/native. Without a compiler, or with MTP_JAX_NATIVE=0, matrices stay as they are and
+XLA multiplies them.
 """
 
 import ctypes
@@ -26,48 +27,60 @@ _CALLS = ("mtp_jax_product", "mtp_jax_adapted_product", "mtp_jax_attention")
 _WIDEST = 16  # numbers that C++ takes at once; head widths are multiples of it, or XLA computes attention
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["panels"], meta_fields=["ends"])
 @dataclass(frozen=True)
-class Transposed:
-    """A float32 matrix as the C++ product takes it."""
+class Panels:
+    """A float32 matrix, or several side by side, as the C++ product takes it."""
 
-    rows: Float[Array, "out in"]
+    panels: Float[Array, "P in W"]  # W columns each; a matrix begins one of its own, and its last is filled up
+    ends: tuple[int, ...]  # the columns at which the matrices end
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["ends", "offsets"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["offsets"])
 @dataclass(frozen=True)
-class TransposedLora:
-    """The LoRA of joined projections as the C++ product takes it: no zeros between their blocks.
+class PanelLora:
+    """The LoRA of matrices side by side: matrix i reads `inner[:, offsets[i] : offsets[i] + R]`, inner being x A."""
 
-    Columns of the product up to `ends[i]` read `inner[:, offsets[i] : offsets[i] + R]`, inner being x A.
-    """
-
-    a: Float[Array, "C in"]
-    b: Float[Array, "out R"]
-    ends: tuple[int, ...]
+    a: Panels
+    b: Panels  # R rows, cut like the matrices it is added to
     offsets: tuple[int, ...]
 
 
-Matrix = Float[Array, "in out"] | Transposed
+Matrix = Float[Array, "in out"] | Panels
+
+
+def pack(*matrices: Float[Array, "in out"]) -> Panels:
+    """Matrices side by side, in panels; where the C++ product is at hand."""
+    library = _library()
+    assert library is not None
+    W = library.mtp_jax_panel_width()
+    filled = [jnp.pad(matrix, ((0, 0), (0, -matrix.shape[1] % W))) for matrix in matrices]
+    panels = [matrix.reshape(len(matrix), -1, W).swapaxes(0, 1) for matrix in filled]
+    ends = np.cumsum([matrix.shape[1] for matrix in matrices]).tolist()
+    return Panels(jnp.concatenate(panels), tuple(ends))
 
 
 def times(x: Float[Array, "... in"], w: Matrix) -> Float[Array, "... out"]:
     """x W."""
-    if not isinstance(w, Transposed):
+    if not isinstance(w, Panels):
         return x @ w.astype(x.dtype)
-    out = jax.ShapeDtypeStruct((x.size // x.shape[-1], len(w.rows)), jnp.float32)
-    y = jax.ffi.ffi_call("mtp_jax_product", out)(x.reshape(-1, x.shape[-1]), w.rows)
-    return y.reshape(*x.shape[:-1], -1)
+    out = jax.ShapeDtypeStruct((x.size // x.shape[-1], w.ends[-1]), jnp.float32)
+    call = jax.ffi.ffi_call("mtp_jax_product", out)
+    return call(x.reshape(-1, x.shape[-1]), w.panels, ends=_numbers(w.ends)).reshape(*x.shape[:-1], -1)
 
 
-def adapted_times(x: Float[Array, "B R in"], real: int, w: Transposed, lora: TransposedLora) -> Float[Array, "B R out"]:
+def adapted_times(x: Float[Array, "B R in"], real: int, w: Panels, lora: PanelLora) -> Float[Array, "B R out"]:
     """x W for the first `real` rows of each sequence, x W + (x A) B for the others."""
     B, R, _ = x.shape
-    y = jax.ShapeDtypeStruct((B, R, len(w.rows)), jnp.float32)
-    inner = jax.ShapeDtypeStruct((B, R - real, len(lora.a)), jnp.float32)
-    ends, offsets = (np.asarray(numbers, np.int64) for numbers in (lora.ends, lora.offsets))
+    y = jax.ShapeDtypeStruct((B, R, w.ends[-1]), jnp.float32)
+    inner = jax.ShapeDtypeStruct((B, R - real, lora.a.ends[-1]), jnp.float32)
     call = jax.ffi.ffi_call("mtp_jax_adapted_product", (y, inner))
-    return call(x, w.rows, lora.a, lora.b, ends=ends, offsets=offsets)[0]
+    ends, inner_ends, offsets = map(_numbers, (w.ends, lora.a.ends, lora.offsets))
+    return call(x, w.panels, lora.a.panels, lora.b.panels, ends=ends, inner_ends=inner_ends, offsets=offsets)[0]
+
+
+def _numbers(numbers: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(numbers, np.int64)
 
 
 def attends(width: int) -> bool:
@@ -90,18 +103,19 @@ def attend_slots(
 
 def native() -> bool:
     """Whether the C++ product is at hand: on CPU, with a compiler or a library that one has built before."""
-    return jax.default_backend() == "cpu" and os.environ.get("MTP_JAX_NATIVE") != "0" and _register()
+    return jax.default_backend() == "cpu" and os.environ.get("MTP_JAX_NATIVE") != "0" and _library() is not None
 
 
 @functools.cache
-def _register() -> bool:
+def _library() -> ctypes.CDLL | None:
+    """The library, its calls made known to XLA; None where it cannot be had."""
     try:
         library = ctypes.CDLL(str(_build()))
     except (OSError, subprocess.SubprocessError):
-        return False
+        return None
     for name in _CALLS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    return True
+    return library
 
 
 def _build() -> Path:

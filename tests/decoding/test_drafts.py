@@ -15,7 +15,7 @@ from mtp_jax.decoding.loop import Limits
 from mtp_jax.decoding.plan import linear, parse_plan, quadratic
 from mtp_jax.errors import UserError
 from mtp_jax.model.folder import load_params
-from mtp_jax.model.products import Transposed
+from mtp_jax.model.products import Panels
 from mtp_jax.model.weights import PROJECTIONS
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
 from mtp_jax.mtp.adapter_folder import fingerprint, write_adapter
@@ -132,7 +132,7 @@ def test_xla_alone_gives_the_same_tokens(small_folder, small, monkeypatch):
     _, prompts, texts = small
     monkeypatch.setattr(fusion, "native", lambda: False)
     generator, _ = equipped(small_folder)
-    assert not isinstance(generator.variables["fused"]["layer_0"]["mlp_in"]["kernel"], Transposed)
+    assert not isinstance(generator.variables["fused"]["layer_0"]["mlp_in"]["kernel"], Panels)
     for plan in ("none", "quadratic:2"):
         assert [d.token_ids for d in decoded(generator, plan, prompts, NEW, 3)] == texts
 

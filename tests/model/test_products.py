@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.model import products
-from mtp_jax.model.products import Transposed, TransposedLora, adapted_times, attend_slots, times
+from mtp_jax.model.products import PanelLora, adapted_times, attend_slots, pack, times
 
 needs_compiler = pytest.mark.skipif(not products.native(), reason="needs a C++ compiler")
 DRAW = np.random.default_rng(0)
@@ -17,36 +17,36 @@ def normal(*shape):
 
 
 @needs_compiler
-@pytest.mark.parametrize("rows", [1, 2, 6, 7, 9, 13, 40])
-@pytest.mark.parametrize(("K", "N"), [(64, 128), (70, 101), (5, 3)])
-def test_products_are_those_of_numpy(rows, K, N):
-    x, w = normal(rows, K), normal(N, K)
-    got = jax.jit(times)(x, Transposed(w))
-    assert np.abs(got - x.astype(float) @ w.T.astype(float)).max() < 1e-5 * K
+@pytest.mark.parametrize("rows", [1, 2, 6, 7, 12, 13, 40])
+@pytest.mark.parametrize(("K", "widths"), [(64, [128]), (70, [101, 32, 7]), (5, [3])])
+def test_products_are_those_of_numpy(rows, K, widths):
+    x, w = normal(rows, K), [normal(K, width) for width in widths]
+    got = jax.jit(times)(x, pack(*w))
+    assert np.abs(got - x.astype(float) @ np.concatenate(w, 1).astype(float)).max() < 1e-5 * K
 
 
 @needs_compiler
 def test_a_row_does_not_depend_on_the_rows_beside_it():
-    x, w = normal(25, 96), Transposed(normal(200, 96))
+    x, w = normal(25, 96), pack(normal(96, 200))
     whole = np.asarray(times(x, w))
-    for rows in (1, 3, 8, 11):
+    for rows in (1, 3, 8, 12, 17):
         assert (np.asarray(times(x[:rows], w)) == whole[:rows]).all()
 
 
 @needs_compiler
 @pytest.mark.parametrize(("B", "real", "masks"), [(1, 2, 2), (3, 1, 7), (2, 5, 20)])
 def test_only_the_last_rows_of_each_sequence_meet_the_lora(B, real, masks):
-    x, w = normal(B, real + masks, 70), normal(130, 70)
-    parts = {40: normal(40, 8), 130: normal(90, 8)}  # two projections side by side
-    lora = TransposedLora(normal(16, 70), np.concatenate(list(parts.values())), tuple(parts), (0, 8))
-    got = np.asarray(jax.jit(adapted_times, static_argnums=1)(x, real, Transposed(w), lora))
-    plain = x.astype(float) @ w.T
-    inner = x.astype(float) @ lora.a.T
-    added = np.concatenate([inner[..., :8] @ parts[40].T, inner[..., 8:] @ parts[130].T], -1)
+    x, w = normal(B, real + masks, 70), [normal(70, 40), normal(70, 90)]  # two projections side by side
+    a, b = normal(70, 16), [normal(8, 40), normal(8, 90)]
+    packed, lora = pack(*w), PanelLora(pack(a), pack(*b), (0, 8))
+    got = np.asarray(jax.jit(adapted_times, static_argnums=1)(x, real, packed, lora))
+    plain = x.astype(float) @ np.concatenate(w, 1)
+    inner = x.astype(float) @ a
+    added = np.concatenate([inner[..., :8] @ b[0], inner[..., 8:] @ b[1]], -1)
     assert np.abs(got[:, real:] - (plain + added)[:, real:]).max() < 1e-3
-    assert (got[:, :real] == np.asarray(times(x, Transposed(w)))[:, :real]).all()
-    broken = TransposedLora(lora.a, np.full_like(lora.b, np.nan), lora.ends, lora.offsets)
-    left = np.asarray(adapted_times(x, real, Transposed(w), broken))
+    assert (got[:, :real] == np.asarray(times(x, packed))[:, :real]).all()
+    broken = PanelLora(lora.a, pack(*(np.full_like(part, np.nan) for part in b)), lora.offsets)
+    left = np.asarray(adapted_times(x, real, packed, broken))
     assert (left[:, :real] == got[:, :real]).all() and np.isnan(left[:, real:]).all()
 
 
@@ -76,11 +76,11 @@ def test_without_a_compiler_xla_multiplies(monkeypatch, tmp_path):
     def register(**environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        products._register.cache_clear()
+        products._library.cache_clear()
         try:
             return products.native()
         finally:
-            products._register.cache_clear()
+            products._library.cache_clear()
 
     monkeypatch.setattr(products, "CACHE", str(tmp_path / "native"))
     assert not register(CXX=str(tmp_path / "no-such-compiler"))
