@@ -267,7 +267,7 @@ def training_batches(
 
 
 class _Windows(grain.transforms.Map):
-    """Shift a window of T+1 tokens into T rows with labels that never cross a document's end; add anchors."""
+    """A window of T+1 tokens as T rows, of which only those inside a document are supervised; add anchors."""
 
     def __init__(self, anchors: Anchors | None):
         self.anchors = anchors
@@ -277,7 +277,7 @@ class _Windows(grain.transforms.Map):
         inside = (segments[:-1] == segments[1:]) & (segments[1:] != 0)
         rows: Batch = {
             "tokens": packed["tokens"][last],
-            "labels": packed["tokens"][1:],
+            "labels": packed["labels"][last],
             "supervised": inside & packed["supervised"][last],
             "positions": packed["tokens_positions"][last],
             "segments": segments[last],
@@ -305,7 +305,7 @@ def held_out_batches(
     """
     ordered, encode = sorted(documents, key=lambda document: document.name), _Rows(tokenizer, anchors)
     numbers = grain.MapDataset.range(len(ordered)).map(lambda number: encode(ordered[number], number, 0))
-    names = ("tokens", "supervised", "documents") + (() if anchors is None else ("hashes",))
+    names = ("tokens", "labels", "supervised", "documents") + (() if anchors is None else ("hashes",))
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
     windows = grain.experimental.ConcatThenSplitIterDataset(
         numbers.to_iter_dataset(ahead), length_struct=dict.fromkeys(names, sequence_length + 1)
