@@ -166,6 +166,10 @@ def _broken_lines(file: Path) -> Iterator[str]:
     types: dict[str, tuple[type, int]] = {}
     with file.open("rb") as lines:
         if lines.read(1) == b"[":  # one list, not lines
+            try:
+                json.loads(file.read_bytes())
+            except json.JSONDecodeError as error:
+                yield f"line {error.lineno}: no valid JSON: {error}"
             return
         lines.seek(0)
         for number, line in enumerate(lines, 1):

@@ -103,6 +103,7 @@ def test_a_folder_is_a_dataset(jsonl, tmp_path, how):
         ({"path": "torn.jsonl"}, "path", "cannot be loaded (torn.jsonl, line 2: no valid JSON"),
         ({"path": "torn.jsonl", "streaming": True}, "path", "cannot be loaded (torn.jsonl, line 2: no valid JSON"),
         ({"path": "unlike.jsonl"}, "path", "(unlike.jsonl, line 3: column 'text' holds dict, and str in line 1"),
+        ({"path": "torn.json"}, "path", "cannot be loaded (torn.json, line 2: no valid JSON"),
         ({"path": "list.jsonl"}, "path", "line 1: should be an object of columns, not str"),
         ({"path": "torn.parquet"}, "path", "cannot be loaded ("),
         ({"path": "torn.arrow"}, "path", "cannot be loaded ("),
@@ -116,6 +117,7 @@ def test_a_dataset_that_cannot_be_had_is_named(jsonl, tmp_path, keys, key, says)
     for name in ("rows.csv", "torn.jsonl", "torn.parquet", "torn.arrow"):
         (tmp_path / name).write_text('{"text": "a"}\n{"te')
     (tmp_path / "unlike.jsonl").write_text('{"text": "a"}\n\n{"text": {"b": 1}}\n')
+    (tmp_path / "torn.json").write_text('[{"text": "a"},\n{"te')
     (tmp_path / "list.jsonl").write_text('"a"\n')
     (tmp_path / "empty.jsonl").write_text("")
     jsonl([{"text": "a"}])
