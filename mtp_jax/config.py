@@ -47,11 +47,12 @@ class Source(_Section):
     """One source of documents."""
 
     kind: Literal["text", "python-stdlib", "dataset"]
-    path: str | None = None  # text: a file, a folder (all *.txt below it) or a glob; dataset: a JSON file or a folder
+    path: str | None = None  # a file, a folder or a glob
     name: str | None = None  # dataset: its name on the Hugging Face hub, instead of a path
     split: str | None = None  # dataset: which part, "train" where it is null
     separator: str | None = None  # text: what parts a file into documents; without it a file is one document
     weight: float = Field(default=1.0, gt=0)  # share of the mixture, by documents
+    streaming: bool = False  # dataset: rows are read in order while training runs, and not stored
     columns: dict[str, str] = {}  # dataset: from messages, prompt, completion or text to the dataset's own names
 
 
@@ -68,6 +69,7 @@ class Data(_Section):
     sources: list[Source] = Field(min_length=1)
     continuations: Continuations | None = None  # trained on in place of the sources' own training documents
     held_out: float = Field(default=0.05, ge=0, lt=1)  # share of documents, chosen by a hash of their name
+    too_long: Literal["split", "cut", "drop"] = "split"  # what becomes of documents longer than a sequence
 
 
 class Lora(_Section):

@@ -62,7 +62,7 @@ def main() -> None:
     trained = set(read_json(folder / TRAINING_FILES).values()) if (folder / TRAINING_FILES).is_file() else set()
     fresh = [d for d in held if hashlib.sha256(d.text().encode()).hexdigest() not in trained]
     if not fresh:
-        raise UserError(f"no held-out document to evaluate on ({len(found)} found, {len(held)} held out).")
+        raise UserError(f"no held-out document to evaluate on ({len(held)} held out).")
 
     if arguments.adapter is not None:
         _report(arguments, fresh, length)

@@ -12,7 +12,8 @@ import numpy as np
 
 from mtp_jax.config import Continuations
 from mtp_jax.data.encoding import Encoder
-from mtp_jax.data.examples import Completion, Content, Example
+from mtp_jax.data.examples import Completion, Content, Example, Examples
+from mtp_jax.data.streams import Documents, Stream
 from mtp_jax.errors import UserError
 
 _FRUITLESS = 1000  # documents in a row that give no prompt, before giving up
@@ -26,7 +27,7 @@ class Prompt(NamedTuple):
 
 
 def choose_prompts(
-    sources: list[list[Example]], weights: list[float], tokenizer: Any, wanted: Continuations, context: int, seed: int
+    sources: list[Documents], weights: list[float], tokenizer: Any, wanted: Continuations, context: int, seed: int
 ) -> Iterator[Prompt]:
     """`wanted.count` prompts from training documents, each document once before any comes again.
 
@@ -38,13 +39,10 @@ def choose_prompts(
     """
     draw, encode = np.random.default_rng(seed), Encoder(tokenizer)
     share = np.asarray(weights) / np.sum(weights)
-    orders: list[list[int]] = [[] for _ in sources]
+    turns = [_turns(source, draw) for source in sources]
     chosen = fruitless = 0
     while chosen < wanted.count:
-        i = int(draw.choice(len(sources), p=share))
-        if not orders[i]:
-            orders[i] = draw.permutation(len(sources[i])).tolist()
-        tokens, supervised, _ = encode(sources[i][orders[i].pop()])
+        tokens, supervised, _ = encode(next(turns[int(draw.choice(len(sources), p=share))]))
         starts = np.flatnonzero(supervised[1:] & ~supervised[:-1]) + 1
         if len(starts):
             ids = tokens[: draw.choice(starts)]
@@ -63,6 +61,15 @@ def choose_prompts(
             continue
         chosen, fruitless = chosen + 1, 0
         yield prompt
+
+
+def _turns(source: Documents, draw: np.random.Generator) -> Iterator[Example]:
+    """The documents of a source over and over, in another order each time; those of a stream in its own."""
+    while True:
+        if isinstance(source, Stream):
+            yield from source
+        else:
+            yield from (source[number] for number in reversed(draw.permutation(len(source)).tolist()))
 
 
 def _as_stored(ids: np.ndarray, tokenizer: Any) -> Prompt:
@@ -99,7 +106,7 @@ class Continuation(Example):
         return Completion(row["prompt"], row["completion"], whole=False)
 
 
-def read_continuations(wanted: Continuations) -> list[Example]:
+def read_continuations(wanted: Continuations) -> Examples:
     """The examples of a finished file of continuations.
 
     Raises:
@@ -123,4 +130,6 @@ def read_continuations(wanted: Continuations) -> list[Example]:
             f"data.continuations.path: {wanted.path}: should hold prompts and completions that "
             f"`python -m mtp_jax.regenerate` wrote; its columns are {', '.join(table.column_names)}."
         )
-    return [Continuation(table, number) for number in range(len(table))]
+    if not len(table):
+        raise UserError(f"data.continuations.path: {wanted.path}: is empty; remove it and regenerate.")
+    return Examples(len(table), lambda number: Continuation(table, number))

@@ -1,8 +1,12 @@
 """What a source lists: examples, each with a name, a place in the split, and content read on demand."""
 
 import hashlib
+import operator
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 
 class Text(NamedTuple):
@@ -50,3 +54,25 @@ class Example(ABC):
     def draw(self) -> float:
         """A number in [0, 1) that depends on the name alone; the smallest ones are held out."""
         return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big") / 2**64
+
+
+class Examples(Sequence[Example]):
+    """Examples that are made when they are asked for, so that a list of millions takes no memory."""
+
+    def __init__(self, length: int, make: Callable[[int], Example]):
+        self.length, self.make = length, make
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return self.part(np.arange(self.length)[number])
+        number = operator.index(number)
+        if not -self.length <= number < self.length:
+            raise IndexError(number)
+        return self.make(number % self.length)
+
+    def part(self, numbers: np.ndarray) -> "Examples":
+        """Those of the given numbers."""
+        return Examples(len(numbers), lambda n: self.make(int(numbers[n])))

@@ -1,25 +1,44 @@
-"""Examples that are rows of a dataset: of the Hugging Face hub, of a JSON file, or of a local folder."""
+"""Examples that are rows of a dataset: of the Hugging Face hub, of JSON, Parquet or Arrow files, or of a folder."""
 
+import glob
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mtp_jax.config import Source
-from mtp_jax.data.examples import Completion, Content, Conversation, Example, Text
-from mtp_jax.data.source_rules import FORMS, chosen_forms
+from mtp_jax.data.examples import Completion, Content, Conversation, Example, Examples, Text
+from mtp_jax.data.source_rules import FORMATS, FORMS, chosen_forms
+from mtp_jax.data.streams import Stream
 from mtp_jax.errors import UserError
 
-_JSON = (".jsonl", ".json")
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Which columns of a dataset make an example."""
+
+    form: str  # of FORMS
+    names: tuple[str, ...]  # the dataset's names, in the order of FORMS
+
+    def content(self, row: dict[str, Any], name: str) -> Content:
+        """What a row holds; raises UserError with its name where a column holds something else."""
+        values: list[Any] = [row.get(column) for column in self.names]
+        if self.form == "conversation":
+            return Conversation(_messages(values[0], f"{name}: column {self.names[0]!r}"))
+        for column, value in zip(self.names, values, strict=True):
+            if not isinstance(value, str):
+                raise UserError(f"{name}: column {column!r} should hold text, not {type(value).__name__}.")
+        return Text(*values) if self.form == "text" else Completion(*values)
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A memory-mapped dataset and which of its columns make an example."""
+    """A memory-mapped dataset."""
 
     data: Any  # datasets.Dataset
     name: str
-    form: str  # of FORMS
-    columns: tuple[str, ...]  # the dataset's names, in the order of FORMS
+    columns: Columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +53,7 @@ class Row(Example):
         return f"{self.table.name}#{self.number}"
 
     def content(self) -> Content:
-        row = self.table.data[self.number]
-        values = [row[column] for column in self.table.columns]
-        if self.table.form == "conversation":
-            return Conversation(_messages(values[0], f"{self.name}: column {self.table.columns[0]!r}"))
-        for column, value in zip(self.table.columns, values, strict=True):
-            if not isinstance(value, str):
-                raise UserError(f"{self.name}: column {column!r} should hold text, not {type(value).__name__}.")
-        return Text(*values) if self.table.form == "text" else Completion(*values)
+        return self.table.columns.content(self.table.data[self.number], self.name)
 
 
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:
@@ -51,62 +63,140 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     return [{key: part for key, part in message.items() if part is not None} for message in value]
 
 
-def dataset_rows(source: Source, key: str) -> list[Example]:
+def dataset_rows(source: Source, key: str) -> Examples | Stream:
     """All rows of a dataset source, in its order; `key` is the source's place in the config.
 
     Raises:
-        UserError: no such dataset or split, or none of the columns that are needed.
+        UserError: no such dataset or split, a broken file, no rows, or none of the columns that are needed.
     """
     data, name = _load(source, key)
-    form, columns = _columns(source, list(data.column_names), f"{key}.columns")
-    if not len(data):
+    found = data.column_names
+    if source.streaming:
+        try:
+            first = next(iter(data), None)
+        except Exception as error:  # whatever the library raises, the dataset is at fault
+            raise _cannot_be_loaded(source, key, error) from error
+        found = first if found is None else found
+        rows = 0 if first is None else 1
+    else:
+        rows = len(data)
+    if not rows:
         raise UserError(f"{key}: {source.name or source.path} has no rows.")
-    table = Table(data.select_columns(list(columns)), name, form, columns)
-    return [Row(table, number) for number in range(len(data))]
+    columns = _columns(source, list(found), f"{key}.columns")
+    data = data.select_columns(list(columns.names))
+    if source.streaming:
+        return Stream(data, name, columns.content)
+    table = Table(data, name, columns)
+    return Examples(rows, lambda number: Row(table, number))
 
 
 def _load(source: Source, key: str) -> tuple[Any, str]:
     """The dataset, and what its rows are named after."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
-    split = source.split or "train"
-    path = None if source.path is None else Path(source.path).expanduser()
-    if path is not None:
-        key = f"{key}.path"
-        if not path.exists():
-            raise UserError(f"{key}: {source.path}: no such file or folder.")
-        if path.is_file() and path.suffix not in _JSON:
-            raise UserError(f"{key}: {source.path}: a dataset is a .jsonl or .json file, or a folder.")
-    else:
-        key = f"{key}.name"
+    split, streaming = source.split or "train", source.streaming
     try:
         # The library runs no code of a dataset: loading scripts are gone from it since its version 4.
-        if path is None:
-            data = load_dataset(source.name, split=split)
-        elif path.is_file():
-            data = load_dataset("json", data_files=str(path), split=split)
-        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            data = load_from_disk(str(path))
+        if source.path is None:
+            data, name = load_dataset(source.name, split=split, streaming=streaming), str(source.name)
         else:
-            data = load_dataset(str(path), split=split)
+            path = Path(source.path).expanduser()
+            name = path.resolve().name
+            if files := data_files(source.path, f"{key}.path"):
+                kind = FORMATS[files[0].suffix]
+                data = load_dataset(kind, data_files=[str(file) for file in files], split=split, streaming=streaming)
+            elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+                data = load_from_disk(str(path))
+                if isinstance(data, DatasetDict):
+                    if split not in data:
+                        has = ", ".join(data)
+                        raise UserError(f"{key}.path: {source.path} has no split {split!r}; it has {has}.")
+                    data = data[split]
+                data = data.to_iterable_dataset() if streaming else data
+            else:
+                data = load_dataset(str(path), split=split, streaming=streaming)
+    except UserError:
+        raise
     except Exception as error:  # whatever the library raises, the dataset or its name is at fault
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{key}: {source.name or source.path}: cannot be loaded ({reason}).") from error
-    if isinstance(data, DatasetDict):
-        if split not in data:
-            raise UserError(f"{key}: {source.path} has no split {split!r}; it has {', '.join(data)}.")
-        data = data[split]
-    name = str(source.name) if path is None else path.resolve().name
+        raise _cannot_be_loaded(source, key, error) from error
     return data, name if source.split is None else f"{name}:{split}"
 
 
-def _columns(source: Source, found: list[str], key: str) -> tuple[str, tuple[str, ...]]:
+def data_files(given: str, key: str) -> list[Path]:
+    """The data files that a path or glob names, of one format; empty where it names a folder.
+
+    Raises:
+        UserError: nothing there, or a format that is not one of FORMATS.
+    """
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return []
+    files = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise UserError(f"{key}: {given}: no such file or folder, and no glob that matches one.")
+    for file in files:
+        if file.suffix not in FORMATS:
+            raise UserError(
+                f"{key}: {file}: unknown format {file.suffix!r}; a dataset is a folder, or files that end in "
+                f"{', '.join(FORMATS)}."
+            )
+    if len(kinds := sorted({FORMATS[file.suffix] for file in files})) > 1:
+        raise UserError(
+            f"{key}: {given}: matches files of several formats ({', '.join(kinds)}); make them sources each."
+        )
+    return files
+
+
+def _cannot_be_loaded(source: Source, key: str, error: Exception) -> UserError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if source.path is None:
+        return UserError(f"{key}.name: {source.name}: cannot be loaded ({reason}).")
+    path = Path(source.path).expanduser()
+    files = sorted(path.rglob("*")) if path.is_dir() else data_files(source.path, f"{key}.path")
+    for file in (file for file in files if FORMATS.get(file.suffix) == "json"):
+        if broken := next(_broken_lines(file), None):
+            reason = f"{file.name}, {broken}"
+            break
+    return UserError(f"{key}.path: {source.path}: cannot be loaded ({reason}).")
+
+
+def _broken_lines(file: Path) -> Iterator[str]:
+    """What is wrong with each line of a file of JSON lines: no JSON, no row, or a value of another type than above."""
+    types: dict[str, tuple[type, int]] = {}
+    with file.open("rb") as lines:
+        if lines.read(1) == b"[":  # one list, not lines
+            try:
+                json.loads(file.read_bytes())
+            except json.JSONDecodeError as error:
+                yield f"line {error.lineno}: no valid JSON: {error}"
+            return
+        lines.seek(0)
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except ValueError as error:
+                yield f"line {number}: no valid JSON: {error}"
+                continue
+            if not isinstance(row, dict):
+                yield f"line {number}: should be an object of columns, not {type(row).__name__}"
+                continue
+            for column, value in row.items():
+                before, where = types.setdefault(column, (type(value), number)) if value is not None else (None, 0)
+                if before is not None and not isinstance(value, before):
+                    yield (
+                        f"line {number}: column {column!r} holds {type(value).__name__}, and {before.__name__} in line "
+                        f"{where}"
+                    )
+
+
+def _columns(source: Source, found: list[str], key: str) -> Columns:
     """Which form the rows take, and the dataset's columns for it."""
     chosen = chosen_forms(source.columns)
     for form in chosen or FORMS:
         columns = tuple(source.columns.get(ours, ours) for ours in FORMS[form])
         if set(columns) <= set(found):
-            return form, columns
+            return Columns(form, columns)
     if chosen:
         missing = sorted(set(columns) - set(found))
         wanted = f"has no column {' and no column '.join(repr(column) for column in missing)}"

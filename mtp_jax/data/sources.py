@@ -1,15 +1,20 @@
 """Where documents come from: each source of the config lists its documents, and a part of them is held out."""
 
 import glob
+import mmap
 import sysconfig
 import tokenize
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mtp_jax.config import Data, Source
 from mtp_jax.data.continuations import read_continuations
-from mtp_jax.data.examples import Content, Example, Text
+from mtp_jax.data.examples import Content, Example, Examples, Text
 from mtp_jax.data.rows import dataset_rows
+from mtp_jax.data.streams import Documents, Stream
 from mtp_jax.errors import UserError
 
 # Of the library's own test packages, and of what is not the library.
@@ -27,12 +32,12 @@ class Document(Example):
 
     def text(self) -> str:
         try:
-            data = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                file.seek(self.start or 0)
+                data = file.read(-1 if self.end is None else self.end - (self.start or 0))
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}).") from error
-        if self.start is None:
-            return _decode(self.path, data)
-        return data[self.start : self.end].decode("utf-8", errors="replace")
+        return _decode(self.path, data) if self.start is None else data.decode("utf-8", errors="replace")
 
     def content(self) -> Content:
         return Text(self.text())
@@ -61,7 +66,7 @@ def python_stdlib() -> list[Example]:
     return files
 
 
-def text_files(source: Source, key: str) -> list[Example]:
+def text_files(source: Source, key: str) -> Sequence[Example]:
     """The documents of a text source: files, or pieces of files between separators."""
     assert source.path is not None
     base = Path(source.path).expanduser()
@@ -75,30 +80,42 @@ def text_files(source: Source, key: str) -> list[Example]:
     if not paths:
         what = "holds no .txt file" if base.is_dir() else "no such file or folder, and no glob that matches one"
         raise UserError(f"{key}: {source.path}: {what}.")
-    documents: list[Example] = []
-    for path in paths:
-        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-        if source.separator is None:
-            documents += [Document(name, path)] if path.stat().st_size else []
-        else:
-            documents += _pieces(path, name, source.separator.encode())
-    if not documents:
+    paths = [path for path in paths if path.stat().st_size]
+    names = [path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name for path in paths]
+    if source.separator is None:
+        found = Examples(len(paths), lambda n: Document(names[n], paths[n]))
+    else:
+        found = _pieces(paths, names, source.separator.encode())
+    if not found:
         raise UserError(f"{key}: {source.path}: every file is empty.")
-    return documents
+    return found
 
 
-def _pieces(path: Path, name: str, separator: bytes) -> list[Document]:
-    data, pieces, start = path.read_bytes(), [], 0
-    while start <= len(data):
-        end = data.find(separator, start)
-        end = len(data) if end < 0 else end
-        if data[start:end].strip():
-            pieces.append(Document(f"{name}#{len(pieces)}", path, start, end))
-        start = end + len(separator)
-    return pieces
+def _pieces(paths: list[Path], names: list[str], separator: bytes) -> Examples:
+    spans = [np.array(list(_spans(path, separator)), np.int64).reshape(-1, 2) for path in paths]
+    ends = np.cumsum([len(of_file) for of_file in spans])
+
+    def make(number: int) -> Document:
+        file = int(np.searchsorted(ends, number, side="right"))
+        place = number - int(ends[file]) + len(spans[file])
+        return Document(f"{names[file]}#{place}", paths[file], *map(int, spans[file][place]))
+
+    return Examples(int(ends[-1]) if len(ends) else 0, make)
 
 
-def documents(source: Source, key: str = "data.sources.0.path") -> list[Example]:
+def _spans(path: Path, separator: bytes) -> Iterator[tuple[int, int]]:
+    """From and to which byte each piece of a file stands; those of white space alone are left out."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = 0
+        while start <= len(data):
+            end = data.find(separator, start)
+            end = len(data) if end < 0 else end
+            if data[start:end].strip():
+                yield start, end
+            start = end + len(separator)
+
+
+def documents(source: Source, key: str = "data.sources.0.path") -> Documents:
     """All documents of a source, in a fixed order; `key` is where its path stands.
 
     Raises:
@@ -111,16 +128,17 @@ def documents(source: Source, key: str = "data.sources.0.path") -> list[Example]
     return text_files(source, key)
 
 
-def split(found: list[Example], held_out: float) -> tuple[list[Example], list[Example]]:
+def split(found: Documents, held_out: float) -> tuple[Documents, Sequence[Example]]:
     """Training and held-out documents, told apart by the hash of their name: alike on every machine."""
-    train: list[Example] = []
-    held: list[Example] = []
-    for document in found:
-        (held if document.draw < held_out else train).append(document)
-    return train, held
+    if isinstance(found, Stream):
+        return found.split(held_out)
+    held = np.fromiter((document.draw < held_out for document in found), bool, len(found))
+    parts = np.flatnonzero(~held), np.flatnonzero(held)
+    every = found if isinstance(found, Examples) else Examples(len(found), found.__getitem__)
+    return every.part(parts[0]), every.part(parts[1])
 
 
-def read_sources(data: Data, continuations: bool = True) -> tuple[list[list[Example]], list[Example]]:
+def read_sources(data: Data, continuations: bool = True) -> tuple[list[Documents], list[Example]]:
     """Training documents of every source, and the held-out documents of all.
 
     Where `data.continuations` is set they stand in for the training documents, as one source, unless `continuations`
@@ -137,7 +155,7 @@ def read_sources(data: Data, continuations: bool = True) -> tuple[list[list[Exam
         except UserError as error:
             faults += error.faults
             continue
-        if not train:
+        if not isinstance(train, Stream) and not train:
             faults.append(f"{key}: all {len(held)} documents fall to the held-out part; lower data.held_out.")
         training.append(train)
         held_out += held

@@ -45,8 +45,10 @@ def _bundled() -> Path:
     return Path(str(resources.files("mtp_jax"))) / "bundled"
 
 
-def find_folder(name: str) -> Path:
+def find_folder(name: str, weights: bool = True) -> Path:
     """The folder of `bundled:NAME`, of a local path, or of a Hugging Face hub name (downloaded when not yet here).
+
+    Where no `weights` are wanted, they are not downloaded.
 
     Raises:
         UserError: nothing of that name, here or on the hub.
@@ -68,7 +70,8 @@ def find_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+        wanted = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name}: no such folder here, and the Hugging Face hub did not give it: {reason}") from error

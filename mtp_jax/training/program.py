@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Config
-from mtp_jax.data.pipeline import Anchors
+from mtp_jax.data.pipeline import Anchors, anchors_of
 from mtp_jax.errors import UserError
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
@@ -21,7 +21,6 @@ from mtp_jax.training.next_token import NextToken
 from mtp_jax.training.optimizer import learning_rate, make_optimizer
 from mtp_jax.training.step import Objective, TrainState, make_train_step
 
-_DEFAULT_ANCHORS = 64
 # Attention scores of mask rows that may exist at a time, over the batch, in bytes.
 _SCORE_BYTES = 256 << 20
 
@@ -93,13 +92,6 @@ def multi_token_loss(config: Config, g: Geometry) -> MultiTokenLoss:
     )
     chunk = max(1, _SCORE_BYTES // per_block)
     return MultiTokenLoss(make_decoder(g, config), shape, terms, config.train.loss_chunk, chunk)
-
-
-def anchors_of(config: Config) -> Anchors:
-    """How many blocks of masks stand in a sequence."""
-    count, T = config.train.anchors, config.train.sequence_length
-    count = _DEFAULT_ANCHORS if count is None else count
-    return Anchors(None if count == "all" else min(count, T), config.seed)  # type: ignore[type-var]
 
 
 def adapter_shape(config: Config) -> AdapterShape:

@@ -2,12 +2,12 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mtp_jax.config import Config
-from mtp_jax.data.examples import Example
 from mtp_jax.data.pipeline import Batch
 from mtp_jax.errors import UserError
 from mtp_jax.training.journal import Journal, Trackers
@@ -31,7 +31,7 @@ class Recorder:
         timing: Journal,
         trackers: Trackers,
         progress: ProgressBar,
-        documents: list[Example],
+        documents: Sequence[Any],
     ):
         self.config, self.metrics, self.timing = config, metrics, timing
         self.trackers, self.progress, self.documents = trackers, progress, documents

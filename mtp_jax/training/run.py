@@ -47,7 +47,8 @@ def train(config: Config) -> Path:
             "evaluation.every is set, but no document fell to the held-out part: add documents, set "
             "data.sources.N.separator to part a file into documents, raise data.held_out, or unset evaluation.every."
         )
-    supervision = check_supervision(training, check_base(config))
+    length, too_long = config.train.sequence_length, config.data.too_long
+    supervision = check_supervision(training, check_base(config), length, too_long)
     check_adapter(config)
     check_trackers(config)
     enable_compilation_cache(config.compilation_cache)
@@ -74,6 +75,7 @@ def train(config: Config) -> Path:
             config.train.sequence_length,
             config.seed,
             program.anchors,
+            too_long=too_long,
         )
 
         # ---- state
@@ -132,6 +134,7 @@ def train(config: Config) -> Path:
                     timing.sync()
                     checkpoints.save(state, batches)
             record.finish()
+            progress.say(batches.summary())
 
         # ---- the finished model
         checkpoints.finish()

@@ -258,21 +258,32 @@ def test_anchors_stand_behind_the_last_prompt_token_and_none_before(jsonl, lette
 
 def test_training_batches_keep_supervision_through_packing(jsonl, letters):
     tokenizer = with_template(letters, PLAIN)
-    examples = documents(jsonl([{"messages": turns("hi", "yes" * i)} for i in range(1, 12)]))
+    examples = documents(jsonl([{"messages": turns("hi", "yes" * i)} for i in range(1, 8)]))
     batches, found = training_batches([examples], [1.0], tokenizer, 2, 32, 0, Anchors(8, 0))
     encode, anchored = Encoder(tokenizer), 0
     for row in itertools.chain.from_iterable(rows_of(next(batches)) for _ in range(12)):
-        for t in np.flatnonzero(row["supervised"]):
-            assert row["labels"][t] in encode(found[row["documents"][t]]).tokens[7:]  # behind "U:hi", a new line, "A:"
-        starts = np.flatnonzero(
-            (row["positions"] == 0) & (np.arange(32) < 25) & np.append(False, np.diff(row["segments"]))
-        )
-        for start in starts:  # the 6 rows before the last prompt token, and that token
-            assert row["supervised"][start : start + 7].astype(int).tolist() == [0, 0, 0, 0, 0, 0, 1]
+        for segment in range(1, row["segments"].max() + 1):
+            inside = row["segments"] == segment
+            whole = encode(found[row["documents"][inside][0]])
+            assert row["tokens"][inside].tolist() == whole.tokens.tolist()
+            assert row["supervised"][inside].tolist() == [*whole.supervised[1:].tolist(), False]
+            # The 6 rows before the last prompt token of "U:hi", a new line, "A:", and that token.
+            assert row["supervised"][inside][:7].astype(int).tolist() == [0, 0, 0, 0, 0, 0, 1]
         anchors = row["anchors"][row["anchors"] >= 0]
         anchored += len(anchors)
         assert row["supervised"][anchors].all()
     assert anchored
+
+
+def test_rows_that_are_too_long_are_told_before_a_run_starts(jsonl, letters):
+    tokenizer = with_template(letters, PLAIN)
+    rows = documents(jsonl([{"messages": turns("hi", "yes" * i)} for i in (1, 1, 20)]))
+    (line,) = check_supervision([rows], tokenizer, 32, "cut")
+    assert line.endswith("; 1 of 3 looked at are longer than a sequence of 32 and are cut")
+    (line,) = check_supervision([rows], tokenizer, 128, "cut")
+    assert "longer" not in line
+    with pytest.raises(UserError, match=r"all of the 3 rows looked at are longer than train\.sequence_length=4"):
+        check_supervision([rows], tokenizer, 4, "drop")
 
 
 def test_a_conversation_longer_than_a_sequence_is_cut_and_kept_whole(jsonl, letters):

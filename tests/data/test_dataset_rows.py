@@ -1,5 +1,6 @@
 """Datasets as sources: where they are loaded from, which columns are taken, how rows are named."""
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -97,15 +98,28 @@ def test_a_folder_is_a_dataset(jsonl, tmp_path, how):
     ("keys", "key", "says"),
     [
         ({"path": "missing.jsonl"}, "path", "no such file or folder"),
-        ({"path": "rows.csv"}, "path", "a dataset is a .jsonl or .json file, or a folder"),
-        ({"path": "torn.jsonl"}, "path", "cannot be loaded ("),
+        ({"path": "rows.csv"}, "path", "unknown format '.csv'; a dataset is a folder, or files that end in .jsonl, "),
+        ({"path": "*.nothing"}, "path", "no glob that matches one"),
+        ({"path": "torn.jsonl"}, "path", "cannot be loaded (torn.jsonl, line 2: no valid JSON"),
+        ({"path": "torn.jsonl", "streaming": True}, "path", "cannot be loaded (torn.jsonl, line 2: no valid JSON"),
+        ({"path": "unlike.jsonl"}, "path", "(unlike.jsonl, line 3: column 'text' holds dict, and str in line 1"),
+        ({"path": "torn.json"}, "path", "cannot be loaded (torn.json, line 2: no valid JSON"),
+        ({"path": "list.jsonl"}, "path", "line 1: should be an object of columns, not str"),
+        ({"path": "torn.parquet"}, "path", "cannot be loaded ("),
+        ({"path": "torn.arrow"}, "path", "cannot be loaded ("),
+        ({"path": "empty.jsonl"}, "path", "cannot be loaded ("),
+        ({"path": "torn.*"}, "path", "matches files of several formats (arrow, json, parquet)"),
         ({"path": "rows.jsonl", "split": "test"}, "path", "cannot be loaded ("),
         ({"name": "nobody/nothing"}, "name", "cannot be loaded ("),
     ],
 )
 def test_a_dataset_that_cannot_be_had_is_named(jsonl, tmp_path, keys, key, says):
-    for name in ("rows.csv", "torn.jsonl"):
+    for name in ("rows.csv", "torn.jsonl", "torn.parquet", "torn.arrow"):
         (tmp_path / name).write_text('{"text": "a"}\n{"te')
+    (tmp_path / "unlike.jsonl").write_text('{"text": "a"}\n\n{"text": {"b": 1}}\n')
+    (tmp_path / "torn.json").write_text('[{"text": "a"},\n{"te')
+    (tmp_path / "list.jsonl").write_text('"a"\n')
+    (tmp_path / "empty.jsonl").write_text("")
     jsonl([{"text": "a"}])
     where = keys.get("name") or str(tmp_path / keys["path"])
     source = Source(kind="dataset", **{**keys, key: where})
@@ -113,6 +127,38 @@ def test_a_dataset_that_cannot_be_had_is_named(jsonl, tmp_path, keys, key, says)
         read_sources(Data(sources=[source], held_out=0.0))
     (fault,) = caught.value.faults
     assert fault.startswith(f"data.sources.0.{key}: {where}: ") and says in fault
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "arrow", "folder of parquet"])
+def test_formats_of_files(jsonl, tmp_path, kind, streaming):
+    import datasets
+
+    rows = [{"text": f"t{i}", "id": i} for i in range(5)]
+    data, path = datasets.Dataset.from_list(rows), tmp_path / "files" / f"rows.{kind.split()[-1]}"
+    path.parent.mkdir()
+    jsonl(rows)  # caches nothing outside this test
+    if kind == "jsonl":
+        shutil.copy(tmp_path / "rows.jsonl", path)
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "arrow":
+        data.save_to_disk(tmp_path / "saved")
+        shutil.copy(next((tmp_path / "saved").glob("*.arrow")), path)
+    else:
+        data.to_parquet(path)
+    given = path.parent if kind.startswith("folder") else path
+    found = documents(Source(kind="dataset", path=str(given), streaming=streaming))
+    assert [(row.name, row.text()) for row in found] == [(f"{given.name}#{i}", f"t{i}") for i in range(5)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_glob_is_one_dataset(jsonl, tmp_path, streaming):
+    for name in ("b", "a", "c"):
+        jsonl([{"text": f"{name}{i}"} for i in range(2)], f"part-{name}.jsonl")
+    found = documents(Source(kind="dataset", path=str(tmp_path / "part-*.jsonl"), streaming=streaming))
+    assert [row.text() for row in found] == ["a0", "a1", "b0", "b1", "c0", "c1"]
+    assert [row.name for row in found][:2] == ["part-*.jsonl#0", "part-*.jsonl#1"]
 
 
 def test_rows_are_small_and_read_from_the_mapped_file(jsonl):
@@ -150,6 +196,11 @@ def test_texts_of_rows_give_the_batches_of_text_files(jsonl, small_tokenizer, tm
         ),
         ({"kind": "text", "path": "a", "name": "a/b"}, "data.sources.0.name belongs to a dataset source"),
         ({"kind": "python-stdlib", "split": "test"}, "data.sources.0.split belongs to a dataset source"),
+        ({"kind": "text", "path": "a", "streaming": True}, "data.sources.0.streaming belongs to a dataset source"),
+        (
+            {"kind": "dataset", "name": "a/b", "streaming": True, "split": "train[:9]"},
+            "data.sources.0.split: a part of a split cannot be streamed",
+        ),
     ],
 )
 def test_keys_that_do_not_go_together(tree, source, start):

@@ -1,15 +1,17 @@
-"""Batches: every document once per epoch, labels inside documents, and an iterator that resumes exactly."""
+"""Batches: labels inside documents, lanes that stand alone, and an iterator that resumes exactly."""
 
 import itertools
+import json
 import random
-from collections import Counter
+import time
 from itertools import islice
 
 import numpy as np
 import pytest
 
-from mtp_jax.data.pipeline import held_out_batches, training_batches
+from mtp_jax.data.pipeline import Anchors, held_out_batches, merge_states, training_batches
 from mtp_jax.data.sources import Document
+from mtp_jax.errors import UserError
 
 
 class Codes:
@@ -54,33 +56,30 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, ENDS], ids=["plain", "with ends"])
-def test_rows_are_the_documents_cut_into_windows(found, tokenizer):
-    for batch in islice(batches_of([found], tokenizer), 30):
+@pytest.mark.parametrize("length", [16, 64])
+def test_segments_are_whole_documents_or_whole_pieces_of_long_ones(found, tokenizer, length):
+    for batch in islice(batches_of([found], tokenizer, length=length), 20):
         for row in range(4):
-            check_row({key: value[row] for key, value in batch.items()}, found, tokenizer)
+            check_row({key: value[row] for key, value in batch.items()}, found, tokenizer, length)
 
 
-def check_row(row, found, tokenizer):
+def check_row(row, found, tokenizer, length):
     """Compare one row with what its documents' own tokens say."""
-    segments, at = row["segments"], {}
-    assert (np.diff(segments) >= 0).all() and segments.min() >= 1
-    for t in range(len(segments)):
-        begins = t == 0 or segments[t] != segments[t - 1]
-        assert row["positions"][t] == (0 if begins else row["positions"][t - 1] + 1)
-        own = ids(found[row["documents"][t]], tokenizer)
-        if begins:  # where in its document a segment begins is known only for segments after the first
-            offsets = range(len(own)) if t == 0 else [0]
-            stretch = row["tokens"][t : t + int((segments[t:] == segments[t]).sum())].tolist()
-            at = {offset for offset in offsets if own[offset : offset + len(stretch)] == stretch}
-            assert at
-            start = t
-        last = t + 1 == len(segments) or segments[t + 1] != segments[t]
-        if row["supervised"][t]:
-            assert any(own[o + t - start + 1 : o + t - start + 2] == [row["labels"][t]] for o in at)
-        if not last:
-            assert row["supervised"][t] and row["labels"][t] == row["tokens"][t + 1]
-        elif t + 1 < len(segments):
-            assert not row["supervised"][t]
+    segments = row["segments"]
+    count = segments.max()
+    assert sorted(set(segments.tolist()) - {0}) == list(range(1, count + 1))
+    assert (np.diff(np.where(segments == 0, count + 1, segments)) >= 0).all()  # padding stands last
+    assert not row["supervised"][segments == 0].any()
+    for number in range(1, count + 1):
+        part = {key: value[segments == number] for key, value in row.items()}
+        own = ids(found[part["documents"][0]], tokenizer)
+        pieces = range(0, len(own), length) if len(own) > length + 1 else [0]
+        starts = [i for i in pieces if own[i : i + length] == part["tokens"].tolist()]
+        assert starts and (part["documents"] == part["documents"][0]).all()
+        n = len(part["tokens"])
+        assert part["positions"].tolist() == list(range(n))
+        assert part["labels"][part["supervised"]].tolist() in [own[i + 1 : i + 1 + n] for i in starts]
+        assert part["supervised"][:-1].all()
 
 
 def test_a_label_is_never_of_another_document(found):
@@ -92,75 +91,106 @@ def test_a_label_is_never_of_another_document(found):
     assert seen > 1000
 
 
-# ---- epochs
-
-
-def order_of_documents(batches, count):
-    """Documents in the order in which they begin."""
-    order = []
-    for batch in batches:
-        for documents, positions in zip(batch["documents"], batch["positions"], strict=True):
-            for t in range(len(documents)):
-                before = order[-1] if order else None
-                if positions[t] == 0 and not (t == 0 and documents[t] == before):
-                    order.append(int(documents[t]))
-        if len(order) >= count:
-            return order[:count]
-    return order
-
-
-def test_every_document_once_per_epoch_in_another_order(found):
-    order = order_of_documents(batches_of([found], size=1), 120)
-    epochs = [order[i : i + 40] for i in (0, 40, 80)]
-    assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert epochs[0] != list(range(40))
-
-
-def test_an_epoch_gives_every_token_once(found):
-    total, stream = sum(len(ids(d, PLAIN)) for d in found), []
-    for batch in batches_of([found], size=1):
-        stream += [*batch["tokens"][0].tolist(), int(batch["labels"][0, -1])]
-        if len(stream) >= total:
-            break
-    assert Counter(stream[:total]) == Counter(token for d in found for token in ids(d, PLAIN))
-
-
 def test_the_seed_decides_the_order(found):
     first, again, other = (next(batches_of([found], seed=seed)) for seed in (3, 3, 4))
     assert same(first, again) and not same(first, other)
 
 
-@pytest.mark.parametrize("weights", [[3.0, 1.0], [1.0, 1.0], [1.0, 9.0]])
-def test_the_mixture_follows_the_weights(found, weights):
-    order = order_of_documents(batches_of([found[:30], found[30:]], weights=weights, size=1), 400)
-    share = np.mean([document < 30 for document in order])
-    assert abs(share - weights[0] / sum(weights)) < 0.02
-
-
 def test_a_source_smaller_than_a_batch_is_repeated(found):
     tiny = [min(found, key=lambda d: d.path.stat().st_size)]
     batch = next(batches_of([tiny], ENDS, size=8, length=32))
-    assert batch["tokens"].shape == (8, 32) and batch["segments"].min() == 1
+    assert batch["tokens"].shape == (8, 32) and batch["segments"][:, 0].min() == 1
 
 
-# ---- resuming
+def test_anchors_of_a_document_do_not_depend_on_what_it_is_packed_with(found):
+    chosen = {}
+    for sources, length in [([found], 64), ([found[:20]], 64), ([found[::-1]], 80)]:
+        batches, documents = training_batches(sources, [1.0], PLAIN, 2, length, 0, Anchors(length, 5))
+        for batch in islice(batches, 3):
+            for row in range(2):
+                for segment in range(1, batch["segments"][row].max() + 1):
+                    inside = batch["segments"][row] == segment
+                    name = documents[batch["documents"][row][inside][0]].name
+                    start = np.flatnonzero(inside)[0]
+                    anchors = batch["anchors"][row]
+                    rows = (anchors[(anchors >= 0) & inside[anchors]] - start).tolist()
+                    assert chosen.setdefault(name, rows) == rows
+    assert len(chosen) > 20
+
+
+# ---- lanes
 
 
 @pytest.mark.parametrize("sources", [1, 2])
-@pytest.mark.parametrize("at", [0, 1, 7, 23])
-def test_a_restored_iterator_goes_on_with_the_next_batch(found, sources, at):
+@pytest.mark.parametrize("division", [[4], [1, 3], [2, 2], [1, 1, 1, 1]])
+def test_a_process_makes_its_rows_alone(found, sources, division):
     parts = [found] if sources == 1 else [found[:25], found[25:]]
-    batches = batches_of(parts)
-    for _ in range(at):
-        next(batches)
-    state = batches.get_state()
-    expected = [next(batches) for _ in range(20)]
-    fresh = batches_of(parts)
-    next(fresh)
-    fresh.set_state(state)
-    assert all(same(a, b) for a, b in zip(expected, fresh, strict=False))
+    whole = list(islice(batches_of(parts), 12))
+    ends = list(itertools.accumulate(division, initial=0))
+    for start, end in itertools.pairwise(ends):
+        mine, _ = training_batches(parts, [1.0] * sources, PLAIN, 4, 16, 0, rows=range(start, end))
+        for batch, own in zip(whole, mine, strict=False):
+            assert same(own, {key: value[start:end] for key, value in batch.items()})
+
+
+@pytest.mark.parametrize("at", [0, 7])
+def test_a_run_goes_on_where_it_was_however_rows_are_divided(found, at):
+    parts = [found[:25], found[25:]]
+
+    def opened(rows):
+        return training_batches(parts, [2.0, 1.0], PLAIN, 4, 16, 0, Anchors(3, 0), rows=rows)[0]
+
+    before = [opened(range(3)), opened(range(3, 4))]
+    for batches in before:
+        for _ in range(at):
+            next(batches)
+    state = json.loads(json.dumps(merge_states([batches.get_state() for batches in before])))
+    assert list(state["lanes"]) == ["0", "1", "2", "3"]
+    whole = opened(None)
+    expected = list(islice(whole, at + 15))[at:]
+    for rows in (range(4), range(1), range(1, 4)):
+        fresh = opened(rows)
+        next(fresh)
+        fresh.set_state(state)
+        for a, b in zip(expected, fresh, strict=False):
+            assert same({key: value[rows.start : rows.stop] for key, value in a.items()}, b)
     assert not same(expected[0], expected[1])
+
+
+def test_the_state_is_that_of_the_last_batch_taken_and_not_of_those_made_ahead(found):
+    batches = batches_of([found])
+    for _ in range(3):
+        next(batches)
+    before = batches.get_state()
+    time.sleep(0.2)  # while others are made
+    assert batches.get_state() == before
+    next(batches)
+    assert batches.get_state() != before
+
+
+@pytest.mark.parametrize("change", [lambda lanes: lanes.pop("3"), lambda lanes: lanes.update({"4": lanes["3"]})])
+def test_a_state_of_another_batch_is_refused(found, change):
+    state = batches_of([found]).get_state()
+    change(state["lanes"])
+    with pytest.raises(UserError, match="does not fit a batch of 4 sequences"):
+        batches_of([found]).set_state(state)
+
+
+def test_an_error_of_a_document_reaches_the_one_who_takes_batches(found, tmp_path):
+    gone = Document("gone.txt", tmp_path / "gone.txt")
+    with pytest.raises(UserError, match=r"gone\.txt: cannot be read"):
+        next(batches_of([[*found, gone]], size=4))
+
+
+def test_what_was_read_is_counted(found):
+    batches = batches_of([found], length=16)
+    next(batches)
+    counts = batches.counts()
+    lengths = [len(ids(document, PLAIN)) for document in found]
+    assert counts["documents"] > 100
+    share = counts["too_long"] / counts["documents"]
+    assert abs(share - np.mean(np.array(lengths) > 17)) < 0.1
+    assert "longer than a sequence (split)" in batches.summary()
 
 
 # ---- held out
@@ -197,3 +227,11 @@ def test_held_out_batches_end_with_padding_and_at_the_limit(found):
     assert last["segments"][-1].min() == 0 and not last["supervised"][last["segments"] == 0].any()
     limited = list(held_out_batches(found, ENDS, 5, 16, limit=2))
     assert len(limited) == 2 and all(same(a, b) for a, b in zip(limited, every, strict=False))
+
+
+def test_each_process_takes_its_rows_of_held_out_batches(found):
+    for rows in (range(1), range(1, 4)):
+        whole = held_out_batches(found, ENDS, 4, 16, anchors=Anchors(4, 0))
+        mine = held_out_batches(found, ENDS, 4, 16, anchors=Anchors(4, 0), rows=rows)
+        for batch, own in itertools.zip_longest(whole, mine):
+            assert same(own, {key: value[rows.start : rows.stop] for key, value in batch.items()})

@@ -2,6 +2,7 @@
 
 import sys
 import sysconfig
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,23 @@ def test_a_separator_parts_a_file(tmp_path, separator):
     assert names(tmp_path / "a.txt", separator) == ["a.txt#0", "a.txt#1", "a.txt#2"]
 
 
+def test_pieces_of_several_files_are_numbered_in_each(tmp_path):
+    for name, text in [("a", "1|2"), ("b", " |"), ("c", "3"), ("d", "4||5")]:
+        (tmp_path / f"{name}.txt").write_text(text)
+    assert names(tmp_path, "|") == ["a.txt#0", "a.txt#1", "c.txt#0", "d.txt#0", "d.txt#1"]
+    assert texts(tmp_path, "|") == list("12345")
+
+
+def test_a_piece_is_read_without_the_rest_of_its_file(tmp_path):
+    (tmp_path / "a.txt").write_text("one|" + "x" * 5_000_000 + "|two")
+    first, _, last = documents(text(tmp_path / "a.txt", "|"))
+    tracemalloc.start()
+    assert (first.text(), last.text()) == ("one", "two")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
 def test_a_separator_at_both_ends_leaves_no_empty_document(tmp_path):
     (tmp_path / "a.txt").write_text("|a|b|")
     assert texts(tmp_path / "a.txt", "|") == ["a", "b"]
@@ -150,8 +168,8 @@ def test_the_split_is_the_same_on_every_machine():
 
 def test_shares_0_and_1(tmp_path):
     found = [Document(f"d{i}", tmp_path) for i in range(20)]
-    assert split(found, 0.0) == (found, [])
-    assert split(found, 1.0) == ([], found)
+    assert [list(part) for part in split(found, 0.0)] == [found, []]
+    assert [list(part) for part in split(found, 1.0)] == [[], found]
 
 
 def test_a_source_all_of_which_is_held_out_is_a_fault(tmp_path):
