@@ -110,6 +110,11 @@ def training_batches(
     return iter(batches), documents
 
 
+def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """One state of the iterator from those that several processes saved; each draws the whole batch."""
+    return states[0]
+
+
 def held_out_batches(
     documents: list[Example],
     tokenizer: Any,

@@ -1,6 +1,7 @@
 """Held-out loss and next-token accuracy, the same figures in training, in `mtp_jax.evaluate` and on model cards."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,14 +9,16 @@ import jax.numpy as jnp
 
 from mtp_jax.data.pipeline import Batch
 from mtp_jax.training.next_token import NextToken
+from mtp_jax.training.sharding import replicated
 
 
 def make_evaluate(
-    objective: NextToken, place: Callable[[Batch], Any]
+    objective: NextToken, mesh: jax.sharding.Mesh, place: Callable[[Batch], Any]
 ) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
     """A function (params, batches) -> means over all supervised tokens; `place` puts a batch on the devices."""
 
-    @jax.jit
+    # Every process reads all sums.
+    @partial(jax.jit, out_shardings=replicated(mesh))
     def sums(params: Any, batch: Batch) -> dict[str, jax.Array]:
         return objective.sums(params, batch) | {"tokens": jnp.sum(batch["supervised"])}
 
