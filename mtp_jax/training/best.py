@@ -21,7 +21,7 @@ class Best:
         """Take a line of metrics; whether its held-out figures are better than all before."""
         if f"{_PREFIX}loss" not in record:
             return False
-        figures = {name.removeprefix(_PREFIX): value for name, value in record.items()}
+        figures = {"step": step} | {name.removeprefix(_PREFIX): value for name, value in record.items()}
         if self.step is not None and _goodness(figures) <= _goodness(self.figures):
             return False
         self.step, self.figures = step, figures

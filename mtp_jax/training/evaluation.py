@@ -9,16 +9,17 @@ import jax.numpy as jnp
 
 from mtp_jax.data.pipeline import Batch
 from mtp_jax.training.next_token import NextToken
-from mtp_jax.training.sharding import replicated
 
 
 def make_evaluate(
-    objective: NextToken, mesh: jax.sharding.Mesh, place: Callable[[Batch], Any]
+    objective: NextToken, place: Callable[[Batch], Any], everywhere: jax.sharding.Sharding | None = None
 ) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
-    """A function (params, batches) -> means over all supervised tokens; `place` puts a batch on the devices."""
+    """A function (params, batches) -> means over all supervised tokens; `place` puts a batch on the devices.
 
-    # Every process reads all sums.
-    @partial(jax.jit, out_shardings=replicated(mesh))
+    Where several processes evaluate, `everywhere` puts the figures on the devices of each.
+    """
+
+    @partial(jax.jit, out_shardings=everywhere)
     def sums(params: Any, batch: Batch) -> dict[str, jax.Array]:
         return objective.sums(params, batch) | {"tokens": jnp.sum(batch["supervised"])}
 

@@ -68,10 +68,13 @@ def train(config: Config) -> Path:
         base = find_base(config, training, run_dir)
 
         def place(batch: Batch) -> dict[str, jax.Array]:
+            arrays = {name: np.asarray(value) for name, value in batch.items() if name != "documents"}
+            if len(arrays["tokens"]) != len(rows):  # the whole batch, of which each process places its part
+                arrays = {name: array[rows] for name, array in arrays.items()}
+            shape = {name: (config.train.batch_size, *array.shape[1:]) for name, array in arrays.items()}
             return {
-                name: jax.make_array_from_process_local_data(spread, value[rows], value.shape)
-                for name, value in batch.items()
-                if name != "documents"
+                name: jax.make_array_from_process_local_data(spread, array, shape[name])
+                for name, array in arrays.items()
             }
 
         program = build_program(config, base.g, mesh)
@@ -133,8 +136,10 @@ def train(config: Config) -> Path:
                 waited = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - waited
-                _check_trainable(batch, step)
-                state, values = program.step(state, task.frozen, place(batch))
+                placed = place(batch)
+                if step == 1:
+                    _check_trainable(placed, mesh)
+                state, values = program.step(state, task.frozen, placed)
                 record.step(step, values, batch, waited)  # reads the step before, while this one runs
                 stop = interruption.requested()
                 due = step == config.train.steps or stop
@@ -183,8 +188,9 @@ def _link(folder: Path, to: Path) -> None:
         shutil.copytree(folder, part, copy_function=os.link, dirs_exist_ok=True)
 
 
-def _check_trainable(batch: Batch, step: int) -> None:
-    if "anchors" in batch and step == 1 and (batch["anchors"] < 0).all():
+def _check_trainable(placed: dict[str, jax.Array], mesh: jax.sharding.Mesh) -> None:
+    some = jax.jit(lambda anchors: (anchors >= 0).any(), out_shardings=sharding.replicated(mesh))
+    if "anchors" in placed and not some(placed["anchors"]):
         raise UserError(
             "the first batch has no supervised token behind which a block of masks could stand: the documents are "
             "shorter than three tokens, or none of their tokens is supervised."

@@ -58,7 +58,7 @@ class NextTokenTask:
     def __init__(self, config: Config, base: Base, program: Program, place: Callable[[Batch], Any]):
         assert isinstance(program.objective, NextToken)
         self.config, self.base, self.mesh = config, base, program.mesh
-        self.held_out = make_evaluate(program.objective, program.mesh, place)
+        self.held_out = make_evaluate(program.objective, place, replicated(program.mesh))
 
     def start(self) -> Params:
         """The base's weights, or new ones."""
