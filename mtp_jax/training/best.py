@@ -9,7 +9,7 @@ _PREFIX = "held_out_"
 
 
 class Best:
-    """The best step: most tokens per step at most masks where these are estimated, else the smallest loss."""
+    """The best step: most tokens per step at most masks where these are estimated, then the smallest loss."""
 
     def __init__(self, records: Iterable[dict[str, Any]]):
         self.step: int | None = None
@@ -43,6 +43,6 @@ def _figure(figures: dict[str, Any]) -> tuple[str, float]:
     return f"{_PREFIX}loss", figures["loss"]
 
 
-def _goodness(figures: dict[str, Any]) -> float:
+def _goodness(figures: dict[str, Any]) -> tuple[float, float]:
     name, value = _figure(figures)
-    return -value if name.endswith("loss") else value
+    return 0.0 if name.endswith("loss") else value, -figures["loss"]  # the loss decides between equals

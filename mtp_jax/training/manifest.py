@@ -21,7 +21,7 @@ def write_manifest(folder: Path, step: int) -> None:
         for path, (size, digest) in zip(paths, digests, strict=True)
     }
     content = {"step": step, "files": files}
-    part = folder.parent / f".{folder.name}.{MANIFEST}.part"
+    part = folder / f".{MANIFEST}.part"
     with part.open("w", encoding="utf-8") as file:
         file.write(json.dumps({**content, "sha256": _own_digest(content)}, indent=1) + "\n")
         file.flush()

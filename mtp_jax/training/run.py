@@ -138,7 +138,7 @@ def train(config: Config) -> Path:
                 waited = time.perf_counter() - waited
                 placed = place(batch)
                 if step == 1:
-                    _check_trainable(placed, mesh)
+                    _check_trainable(placed, sharding.replicated(mesh))
                 state, values = program.step(state, task.frozen, placed)
                 record.step(step, values, batch, waited)  # reads the step before, while this one runs
                 stop = interruption.requested()
@@ -170,7 +170,7 @@ def train(config: Config) -> Path:
                 if processes.is_first():
                     _link(out, run_dir / "best" / out.name)
             elif best.step is not None and checkpoints.is_whole(best.step):
-                jax.tree.map(jax.Array.delete, state)  # never two states at a time
+                jax.tree.map(lambda leaf: leaf.delete(), state)  # never two states at a time
                 state = checkpoints.restore(best.step, program.state)
                 task.write(run_dir / "best", state.trained, best.figures)
             elif best.step is not None and processes.is_first():
@@ -188,8 +188,8 @@ def _link(folder: Path, to: Path) -> None:
         shutil.copytree(folder, part, copy_function=os.link, dirs_exist_ok=True)
 
 
-def _check_trainable(placed: dict[str, jax.Array], mesh: jax.sharding.Mesh) -> None:
-    some = jax.jit(lambda anchors: (anchors >= 0).any(), out_shardings=sharding.replicated(mesh))
+def _check_trainable(placed: dict[str, Any], everywhere: jax.sharding.Sharding | None) -> None:
+    some = jax.jit(lambda anchors: (anchors >= 0).any(), out_shardings=everywhere)
     if "anchors" in placed and not some(placed["anchors"]):
         raise UserError(
             "the first batch has no supervised token behind which a block of masks could stand: the documents are "
