@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 from jax._src import distributed  # the service's client has no public name
 
-from mtp_jax.errors import Interrupted, UserError, end_at_once, faults_of
+from mtp_jax.errors import Interrupted, UserError, end_at_once, faults_of, warn
 
 HEARTBEAT = "MTP_JAX_HEARTBEAT_SECONDS"
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -203,11 +203,12 @@ class _Watch:
         """End all processes because of an error in this one."""
         known = faults_of(error)
         if known is None:
-            traceback.print_exception(error)
+            fault = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
             if _comes_from_jax(error):  # most likely another process has gone: let the heartbeat find out which
+                warn(f"{fault}; waiting for signs of life of the other processes.")
                 self.thread.join(self.seconds * (1 + 2 / _BEATS) + 5)
-            first_line = (str(error).strip() or "no reason given").splitlines()[0]
-            known = 1, (f"{type(error).__name__}: {first_line}",)
+            traceback.print_exception(error)
+            known = 1, (fault,)
         self._say(*known)
         self.thread.join()
         end_at_once(known[0])

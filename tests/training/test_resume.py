@@ -1,6 +1,5 @@
 """A run that is killed, or that fills its disk, and is started again ends as if nothing had happened."""
 
-import os
 import random
 import subprocess
 import time
