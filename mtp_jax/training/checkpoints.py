@@ -46,6 +46,7 @@ class Checkpoints:
         self.folder, self.config, self.first_row = folder.absolute(), config, first_row
         # Two queues of one thread each: Orbax may save the next checkpoint while the one before is still hashed.
         self.committer, self.sealer = ThreadPoolExecutor(1, "commit"), ThreadPoolExecutor(1, "seal")
+        self.saved: Future[None] | None = None
         self.pending: deque[Future[None]] = deque()
 
     # ---- finding and restoring
@@ -140,7 +141,7 @@ class Checkpoints:
         path = self.folder / str(step)
         self._write_data(path / "data", batches.get_state())
         checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
-        if self.pending:
+        if self.saved is not None:
             self.saved.result()
         checkpointer.save(path / "state", args=ocp.args.StandardSave(state._asdict()))
         self.saved = self.committer.submit(_commit, checkpointer)

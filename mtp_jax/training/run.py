@@ -96,7 +96,7 @@ def train(config: Config) -> Path:
         else:
             params = task.start()
             optimizer = jax.jit(program.tx.init, out_shardings=program.placed.optimizer)(params)
-            state = TrainState(sharding.put(np.int32(0), program.placed.step), params, optimizer)
+            state = TrainState(sharding.put(np.int32(0), sharding.replicated(mesh)), params, optimizer)
         start = start or 0
         if config.evaluation.every is not None and isinstance(task, MultiTokenTask):
             task.choose_prompts(held_out)

@@ -74,8 +74,8 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def rows_here(spread: NamedSharding, batch_size: int) -> list[int]:
     """The sequences of a batch that devices of this process compute, in order."""
-    spans = {span.indices(batch_size) for span, _ in spread.addressable_devices_indices_map((batch_size, 1)).values()}
-    return sorted({row for span in spans for row in range(*span)})
+    indices = spread.addressable_devices_indices_map((batch_size, 1)).values()
+    return sorted({row for index in indices if index for row in range(*index[0].indices(batch_size))})
 
 
 def put(value: Any, sharding: NamedSharding) -> jax.Array:

@@ -130,19 +130,18 @@ class MultiTokenTask:
         prompts = held_out_prompts(documents, self.base.tokenizer, e.prompts, length)
         if not prompts:
             return
-        lengths = np.full(len(prompts), length, np.int32)
         assert self.base.folder is not None
-        stops = np.asarray(stop_ids(self.base.folder), np.int32)
+        stops = stop_ids(self.base.folder)
         model = self.objective.model
 
         @partial(jax.jit, out_shardings=replicated(self.program.mesh))
         def run(variables: Any, prompts: Any) -> Any:
-            limits = Limits(lengths + limit - length, stops)
+            lengths = jnp.full(len(prompts), length, jnp.int32)
+            limits = Limits(lengths + limit - length, jnp.asarray(stops, jnp.int32))
             state = Decoding(model, BlockPlan((0,))).decode(variables, prompts, lengths, limits, limit + 1, model.dtype)
-            return state.tokens, state.length
+            return Continuations(state.tokens, lengths, state.length)
 
-        tokens, ends = run(self.frozen, np.asarray(prompts, np.int32))
-        self.continuations = Continuations(tokens, lengths, ends)
+        self.continuations = run(self.frozen, np.asarray(prompts, np.int32))
 
     def write(self, run_dir: Path, trained: Params, figures: dict[str, Any]) -> Path:
         """`adapter/`, which every command accepts as an adapter."""
