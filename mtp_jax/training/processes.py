@@ -129,7 +129,7 @@ def from_first(make: Callable[[], T]) -> T:
     """What `make` gives in the first process, as JSON allows; all processes call this, and wait for it."""
     if jax.process_count() == 1:
         return make()
-    client, key = distributed.global_state.client, f"{_WORDS}/{next(_turn)}"
+    client, key = _client(), f"{_WORDS}/{next(_turn)}"
     if is_first():
         value = make()
         client.key_value_set(key, json.dumps(value))
@@ -137,6 +137,10 @@ def from_first(make: Callable[[], T]) -> T:
     while True:
         with contextlib.suppress(_TimeUp), _timeouts():
             return json.loads(client.blocking_key_value_get(key, 60_000))
+
+
+def _client() -> Any:
+    return distributed.global_state.client
 
 
 class _TimeUp(Exception):
@@ -185,7 +189,7 @@ class _Watch:
 
     def __init__(self, seconds: float):
         self.seconds = seconds
-        self.client = distributed.global_state.client
+        self.client = _client()
         self.index, self.count = distributed.global_state.process_id, distributed.global_state.num_processes
         self.heard = {i: ("", time.monotonic()) for i in range(self.count)}
         if self.index != 0:
