@@ -27,6 +27,7 @@ HEARTBEAT = "MTP_JAX_HEARTBEAT_SECONDS"
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 LOST = 75  # exit code where another process has gone: start the run again (EX_TEMPFAIL)
 _SECONDS = 60.0  # without a sign of life until a process counts as gone
+_JOIN_SECONDS = 300  # for which processes wait for each other at the start
 _BEATS = 6  # signs of life in that time
 _FAREWELL_SECONDS = 10.0  # for which the first process, which holds the service, waits for the others to end
 _END = "mtp_jax/end"
@@ -80,10 +81,14 @@ def _join(seconds: float) -> bool:
         return False
     plain = _plain(named) if COUNT in named or INDEX in named else {}
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    _when_jax_gives_up(f"the processes of this run did not all come within {_JOIN_SECONDS} s.")
     try:
         # JAX's own heartbeat ends a process without a good word, so ours is to come first.
-        jax.distributed.initialize(heartbeat_timeout_seconds=int(1.25 * seconds + 5), **plain)
+        jax.distributed.initialize(
+            heartbeat_timeout_seconds=int(1.25 * seconds + 5), initialization_timeout=_JOIN_SECONDS, **plain
+        )
     except Exception as error:
+        _when_jax_gives_up(None)
         reason = str(error).strip().splitlines()[0]
         if not named and ("coordinator_address should be" in reason or "must be called before" in reason):
             return False  # no cluster here, or a caller that has used its devices already
@@ -94,7 +99,10 @@ def _join(seconds: float) -> bool:
             f"the processes of this run cannot be joined: {reason}. Set {ADDRESS}, {COUNT} and {INDEX}, all three, or "
             f"{COUNT}=1 for a run of one process."
         ) from error
-    return distributed.global_state.num_processes > 1
+    if distributed.global_state.num_processes == 1:
+        _when_jax_gives_up(None)
+        return False
+    return True
 
 
 def _plain(named: dict[str, str]) -> dict[str, Any]:
@@ -192,8 +200,7 @@ class _Watch:
         self.client = _client()
         self.index, self.count = distributed.global_state.process_id, distributed.global_state.num_processes
         self.heard = {i: ("", time.monotonic()) for i in range(self.count)}
-        if self.index != 0:
-            _when_jax_gives_up()
+        _when_jax_gives_up(None if self.index == 0 else _FIRST_IS_GONE)
         self.thread = threading.Thread(target=self._watch, name="processes", daemon=True)
         self.thread.start()
 
@@ -277,22 +284,26 @@ def _comes_from_jax(error: BaseException | None) -> bool:
 
 
 _FIRST_IS_GONE = (
-    "error: the first process, which the others speak through, is gone or cannot be reached. This process ends; the "
-    "same command, in all processes, goes on from the last checkpoint.\n"
+    "the first process, which the others speak through, is gone or cannot be reached. This process ends; the same "
+    "command, in all processes, goes on from the last checkpoint."
 )
+_last_words = [""]
 
 
 def _give_up(_: int) -> None:
     for stream in {2, _streams.get("terminal", 2)}:
         with contextlib.suppress(OSError):
-            os.write(stream, _FIRST_IS_GONE.encode())
+            os.write(stream, f"error: {_last_words[0]}\n".encode())
     os._exit(LOST)
 
 
-_give_up_in_c = ctypes.CFUNCTYPE(None, ctypes.c_int)(_give_up)
+_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_give_up_in_c = _handler(_give_up)
 
 
-def _when_jax_gives_up() -> None:
-    # Without the service, JAX aborts a process from a thread of its own; no callback of JAX's can be set from Python.
-    # A handler of Python's would only note the signal, and abort() goes on when the handler returns.
-    ctypes.CDLL(None).signal(int(signal.SIGABRT), _give_up_in_c)
+def _when_jax_gives_up(words: str | None) -> None:
+    """Say this before the process ends where JAX cannot reach the service; None: let it end as JAX wants."""
+    # JAX aborts the process from a thread of its own, and takes no callback from Python that it could call first. A
+    # handler of Python's would only note the signal, and abort() goes on as soon as a handler returns.
+    _last_words[0] = words or ""
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), _give_up_in_c if words else _handler(int(signal.SIG_DFL)))

@@ -1,5 +1,6 @@
 """Several processes train as one: they save, go on, write the result, and end together."""
 
+import os
 import signal
 import socket
 import time
@@ -165,6 +166,34 @@ def test_a_run_goes_on_with_another_number_of_processes(tree, write_config, star
 # ---- the environment
 
 
+CLUSTERS = {
+    "slurm": lambda i, number: {
+        "SLURM_JOB_ID": str(number),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(i),
+        "SLURM_LOCALID": str(i),
+    },
+    "open mpi": lambda i, number: {
+        "OMPI_MCA_orte_hnp_uri": f"{number * 2**12}.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(i),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_a_cluster_says_which_processes_there_are(tree, write_config, start, finish, cluster):
+    tree["train"]["steps"], number = 3, os.getpid()  # the port of process 0 follows from the number of the job
+    config = write_config(tree)
+    started = [start("train", "--config", config, **CLUSTERS[cluster](i, number)) for i in range(2)]
+    ended = [finish(process) for process in started]
+    assert [end.code for end in ended] == [0, 0], ended
+    assert (Path(tree["output_dir"]) / "logs" / "process-1.log").exists()
+
+
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
@@ -189,6 +218,16 @@ def test_wrong_variables_are_told(tree, write_config, command, monkeypatch, envi
     assert ended.code == 2 and len(ended.errors) == len(says), ended
     assert all(part in fault for part, fault in zip(says, ended.errors, strict=True)), ended
     assert not Path(tree["output_dir"]).exists()
+
+
+def test_a_process_that_waits_for_others_in_vain_says_so(start, finish, tree, write_config):
+    impatient = (
+        "import runpy, sys; from mtp_jax.training import processes; processes._JOIN_SECONDS = 2; "
+        "sys.argv = sys.argv[1:]; runpy.run_module('mtp_jax.train', run_name='__main__')"
+    )
+    address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    ended = finish(start("train", "--config", write_config(tree), script=["-c", impatient], **address))
+    assert ended.code == LOST and ended.errors == ["the processes of this run did not all come within 2 s."], ended
 
 
 def test_one_process_needs_no_address(tree, write_config, command, monkeypatch):
