@@ -69,7 +69,13 @@ class Drill:
         self.folder, self.run, self.config = folder, folder / "run", folder / "config.yaml"
         self.rng = random.Random(seed)
         self.table = Table("interruption", "at step", "exit code", "what it left")
+        self.begun = time.monotonic()
         self.faults = self.completed = 0
+
+    def note(self, *row: str) -> None:
+        """A row of the table, also told at once."""
+        print(f"{time.monotonic() - self.begun:6.0f} s  " + ", ".join(row), file=sys.stderr, flush=True)
+        self.table.add_row(*row)
 
     def reference(self) -> float:
         """Run undisturbed twice; returns how long the second took, with everything compiled."""
@@ -125,14 +131,14 @@ class Drill:
         if number == signal.SIGTERM and process.returncode == 143:
             left.append("step saved" if (self.run / "checkpoints" / str(self.step()) / MANIFEST).exists() else "LOST")
             self.faults += left[-1] == "LOST"
-        self.table.add_row(what, str(self.step()), str(process.returncode), ", ".join(left))
+        self.note(what, str(self.step()), str(process.returncode), ", ".join(left))
 
     def check(self, what: str, said: str) -> None:
         """Compare a finished run with the undisturbed one."""
         self.completed += 1
         same = result(self.run) == self.expected and "Traceback" not in said
         self.faults += not same
-        self.table.add_row(what, str(self.step()), "0", "equal to the undisturbed run" if same else "DIFFERENT")
+        self.note(what, str(self.step()), "0", "equal to the undisturbed run" if same else "DIFFERENT")
 
     def damage(self) -> None:
         """Damage a file of each kind of the newest checkpoint, and of all checkpoints, in every way, and resume."""
@@ -171,7 +177,7 @@ class Drill:
         told = "warning: " in said.getvalue()
         self.faults += not (same and told)
         verdict = "equal to the undisturbed run" if same else "DIFFERENT"
-        self.table.add_row(what, f"goes on from {resumed}", str(code), verdict + ("" if told else ", NOT TOLD"))
+        self.note(what, f"goes on from {resumed}", str(code), verdict + ("" if told else ", NOT TOLD"))
 
 
 def spoil(path: Path, how: str) -> bool:
