@@ -130,6 +130,7 @@ class Evaluation(_Section):
 class Checkpoints(_Section):
     every: int = Field(default=100, ge=1)  # steps
     keep: int = Field(default=2, ge=1)
+    keep_best: bool = True  # by the held-out estimate, where evaluation.every is set
 
 
 class Logging(_Section):

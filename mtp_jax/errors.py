@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -15,6 +16,14 @@ class UserError(Exception):
     def __init__(self, *faults: str):
         super().__init__("\n".join(faults))
         self.faults = faults
+
+
+class Interrupted(Exception):
+    """A command that a signal ended in good order; the text says how to go on."""
+
+    def __init__(self, text: str, number: int):
+        super().__init__(text)
+        self.code = 128 + number  # as shells report it
 
 
 def _full_disk(error: BaseException | None) -> bool:
@@ -28,6 +37,33 @@ def _full_disk(error: BaseException | None) -> bool:
     return False
 
 
+def faults_of(error: BaseException) -> tuple[int, tuple[str, ...]] | None:
+    """Exit code and faults of an error that the user can mend or has made on purpose; None for one that is ours."""
+    if isinstance(error, UserError):
+        return 2, error.faults
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, ()
+    if isinstance(error, Exception) and _full_disk(error):
+        name = getattr(error, "filename", None)
+        where = f" (writing {name})" if name else ""
+        return 2, (f"the disk is full{where}: free some space and run the command again.",)
+    return None
+
+
+def warn(text: str) -> None:
+    """Tell the user of something that the command goes on after."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End the process from any thread, without waiting for another."""
+    sys.stdout.flush()
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")  # a progress bar hides the cursor
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _say_nothing(_: object) -> None:
     pass
 
@@ -37,25 +73,21 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()
-    except UserError as error:
-        # What libraries stumble over while they are torn down after a fault (pending reads, say) is no news.
-        sys.unraisablehook = _say_nothing
-        faults = error.faults
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        return
+    except Interrupted as end:
+        print(end, file=sys.stderr)
+        sys.exit(end.code)
     except BrokenPipeError:  # the reader of our output (head, say) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except Exception as error:
-        if not _full_disk(error):
+    except (Exception, KeyboardInterrupt) as error:
+        known = faults_of(error)
+        if known is None:
             raise
-        sys.unraisablehook = _say_nothing
-        name = getattr(error, "filename", None)
-        where = f" (writing {name})" if name else ""
-        faults = (f"the disk is full{where}: free some space and run the command again.",)
-    else:
-        return
+    # What libraries stumble over while they are torn down after a fault (pending reads, say) is no news.
+    sys.unraisablehook = _say_nothing
+    code, faults = known
     for fault in faults:
         print(f"error: {' '.join(fault.split())}", file=sys.stderr)
     sys.stderr.flush()
-    sys.exit(2)
+    sys.exit(code)

@@ -12,14 +12,18 @@ def main() -> None:
     parser.add_argument("--adapter", help="start from this adapter; the same as model.adapter=...")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="for instance train.steps=100")
     arguments = parser.parse_args()
-    from mtp_jax.config import load_config
+    from mtp_jax.training import processes
 
-    overrides = [*arguments.overrides, *([f"model.adapter={arguments.adapter}"] if arguments.adapter else [])]
-    config = load_config(arguments.config, overrides)
-    from mtp_jax.training.run import train
+    with processes.together():
+        from mtp_jax.config import load_config
 
-    out = train(config)
-    print(f"{out.name}: {out}")
+        overrides = [*arguments.overrides, *([f"model.adapter={arguments.adapter}"] if arguments.adapter else [])]
+        config = load_config(arguments.config, overrides)
+        from mtp_jax.training.run import train
+
+        out = train(config)
+        if processes.is_first():
+            print(f"{out.name}: {out}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from mtp_jax.model.folder import INDEX, SINGLE
@@ -20,12 +21,22 @@ from mtp_jax.model.weights import Params, leaf_at, weight_table
 SHARD_BYTES = 2 << 30
 
 
+def on_host(leaf: Any) -> np.ndarray:
+    """A whole array, wherever its parts lie; where processes hold them, all of these call this."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
 def stored_form(params: Params, g: Geometry, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor under its Hugging Face name and in its layout, one at a time on the host."""
+    """Every tensor under its Hugging Face name and in its layout, one at a time on the host.
+
+    Where several processes hold the weights, all of them go through this.
+    """
     for weight in weight_table(g):
         leaf = leaf_at(params, weight.path)
         for slot, key in enumerate(weight.stored_keys()):
-            tensor = np.asarray((leaf[slot] if weight.stacked else leaf).astype(dtype))
+            tensor = on_host((leaf[slot] if weight.stacked else leaf).astype(dtype))
             yield key, np.ascontiguousarray(tensor.T if weight.transposed else tensor)
 
 
@@ -42,7 +53,12 @@ def write_folder(
     """Write a model folder: safetensors, `config.json`, `generation_config.json` and the tokenizer.
 
     `out` is whole or absent; an older one is replaced. Without `generation`, the special ids of `config` stand there.
+    All processes that hold weights call this, and the first one writes.
     """
+    if jax.process_index() != 0:
+        for _ in stored_form(params, g, dtype):
+            pass  # gathered for the first process
+        return
     config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
     config["dtype"] = jnp.dtype(dtype).name
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -13,7 +14,7 @@ from safetensors.numpy import save_file
 
 from mtp_jax.errors import UserError
 from mtp_jax.model.folder import find_folder, read_json, read_slice, stored_tensors
-from mtp_jax.model.folder_writer import whole_or_absent
+from mtp_jax.model.folder_writer import on_host, whole_or_absent
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import PROJECTIONS, Params, build_tree, leaf_at
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table
@@ -47,13 +48,15 @@ def write_adapter(
     summary: dict[str, Any],
     dtype: jnp.dtype = jnp.float32,
 ) -> None:
-    """Write an adapter folder that is whole or absent.
+    """Write an adapter folder that is whole or absent; all processes that hold a part call this, the first one writes.
 
     Args:
         base: `name` and `fingerprint` of the base model.
         summary: what is worth knowing about its training.
     """
-    tensors = {w.key: np.asarray(leaf_at(adapter, w.path)).astype(dtype) for w in adapter_table(g, shape)}
+    tensors = {w.key: on_host(leaf_at(adapter, w.path)).astype(dtype) for w in adapter_table(g, shape)}
+    if jax.process_index() != 0:
+        return
     config = {
         "format": FORMAT,
         "masks": shape.masks,

@@ -22,6 +22,7 @@ from mtp_jax.model.folder import (
 )
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, init_params, weight_table
+from mtp_jax.training import processes
 from mtp_jax.training.sharding import table_sharding, weight_sharding
 
 
@@ -83,9 +84,14 @@ def find_base(config: Config, training: list[Documents], run_dir: Path) -> Base:
     g = Geometry.from_config(scratch.config, "model.scratch.config")
     if isinstance(scratch.tokenizer, TokenizerRecipe):
         tokens = run_dir / "tokenizer"
-        if not tokens.is_dir():
-            texts = (document.text() for source in training for document in source)
-            save_tokenizer(train_tokenizer(texts, scratch.tokenizer.vocabulary), tokens)
+        vocabulary = scratch.tokenizer.vocabulary
+
+        def train_once() -> None:
+            if not tokens.is_dir():
+                texts = (document.text() for source in training for document in source)
+                save_tokenizer(train_tokenizer(texts, vocabulary), tokens)
+
+        processes.from_first(train_once)
     else:
         tokens = Path(scratch.tokenizer).expanduser()
     return Base(g, scratch.config, load_tokenizer(tokens, g), None)

@@ -1,7 +1,21 @@
-"""Checkpoints: what is trained, its optimizer, the step and the data iterator, saved in the background by Orbax."""
+"""Checkpoints: what is trained, its optimizer, the step and the data iterator, saved in the background by Orbax.
 
+    checkpoints/120/state/         the arrays, by Orbax; all processes write
+    checkpoints/120/data/0.json    the data iterator, a file per process, named after the first sequence it feeds
+    checkpoints/120/manifest.json  size and sha256 of every other file, written last: without it 120 was never finished
+
+A damaged checkpoint is set aside as 120.damaged and kept, one that was never finished as 120.unfinished until the next
+one is.
+"""
+
+import json
 import logging
+import os
+import re
+import shutil
 import sys
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,65 +24,158 @@ import jax
 import orbax.checkpoint as ocp
 
 from mtp_jax.config import Checkpoints as CheckpointConfig
-from mtp_jax.errors import UserError
+from mtp_jax.data.pipeline import merge_states
+from mtp_jax.errors import FULL_DISK, UserError, warn
+from mtp_jax.training import processes
+from mtp_jax.training.manifest import MANIFEST, fault_of, read_manifest, write_manifest
 from mtp_jax.training.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoint folder of a run. A checkpoint exists under its final name only when it is complete.
+    """The checkpoint folder of a run. A checkpoint exists from the moment its manifest does.
 
     Use as a context: on the way out, saves still under way are finished, and their errors raised.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig):
+    def __init__(self, folder: Path, config: CheckpointConfig, first_row: int = 0):
+        """`first_row`: the first sequence of the batch that this process feeds."""
         # Orbax warns of choices made here on purpose and logs, with tracebacks, the errors that it then raises; asyncio
         # does so for the arrays that were not waited for after the first error.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
-        )
-        self.folder = folder
-        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self.folder, self.config, self.first_row = folder.absolute(), config, first_row
+        # Two queues of one thread each: Orbax may save the next checkpoint while the one before is still hashed.
+        self.committer, self.sealer = ThreadPoolExecutor(1, "commit"), ThreadPoolExecutor(1, "seal")
+        self.saved: Future[None] | None = None
+        self.pending: deque[Future[None]] = deque()
+
+    # ---- finding and restoring
 
     def latest(self) -> int | None:
-        """Step of the newest checkpoint."""
-        return self.manager.latest_step()
-
-    def save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
-        """Start saving; the arrays are copied before this returns, so that the state may be donated."""
-        self.manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()), data=grain.checkpoint.CheckpointSave(batches)
-            ),
-        )
-
-    def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator) -> TrainState:
-        """The state of a checkpoint, placed like `like` (shapes and shardings); `batches` moves to where it was.
+        """Step of the newest checkpoint that is whole; damaged ones are set aside with a warning.
 
         Raises:
-            UserError: a checkpoint that cannot be read.
+            UserError: a folder that cannot be read or written.
         """
-        try:
-            restored = self.manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(like._asdict()), data=grain.checkpoint.CheckpointRestore(batches)
-                ),
+        return processes.from_first(self._newest_whole)
+
+    def _newest_whole(self) -> int | None:
+        steps = sorted(self._steps(), reverse=True)
+        for step in steps:
+            if self._is_whole(step):
+                return step
+        if steps:
+            warn(
+                f"{self.folder}: no whole checkpoint is left. The run starts afresh from step 0; its records are "
+                "written anew, and come out the same."
             )
-        except Exception as error:  # damage shows as whatever the reader stumbles over
+        return None
+
+    def is_whole(self, step: int) -> bool:
+        """Whether a checkpoint is there with every byte as it was written; set aside with a warning if not."""
+        return processes.from_first(lambda: self._is_whole(step))
+
+    def _is_whole(self, step: int) -> bool:
+        path = self.folder / str(step)
+        if not path.is_dir():
+            return False
+        if not (path / MANIFEST).exists():
+            aside = self._set_aside(path, "unfinished")
+            warn(f"{path}: this checkpoint was never finished, it has no {MANIFEST}; set aside as {aside.name}.")
+            return False
+        fault = fault_of(path)
+        if fault is not None:
+            aside = self._set_aside(path, "damaged")
+            warn(f"{path}: this checkpoint is damaged: {fault}. It is set aside as {aside.name}.")
+        return fault is None
+
+    def _steps(self) -> list[int]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return [int(path.name) for path in self.folder.iterdir() if re.fullmatch(r"[1-9]\d*", path.name)]
+        except OSError as error:
+            if error.errno in FULL_DISK:
+                raise
+            raise UserError(f"output_dir: {self.folder} cannot be written ({error.strerror}).") from error
+
+    def _set_aside(self, path: Path, why: str) -> Path:
+        names = (path.with_name(f"{path.name}.{why}{'' if n == 1 else f'-{n}'}") for n in range(1, 1000))
+        aside = next(name for name in names if not name.exists())
+        try:
+            return path.rename(aside)
+        except OSError as error:
+            raise UserError(f"{path}: {why}, and it cannot be renamed to {aside.name} ({error.strerror}).") from error
+
+    def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator | None = None) -> TrainState:
+        """The state of a whole checkpoint, placed like `like` (shapes and shardings); `batches` moves to where it was.
+
+        Raises:
+            UserError: a checkpoint that does not fit.
+        """
+        path = self.folder / str(step)
+        try:
+            if batches is not None:
+                files = [name for name in read_manifest(path)["files"] if name.startswith("data/")]
+                batches.set_state(merge_states([json.loads((path / name).read_text()) for name in sorted(files)]))
+            with ocp.StandardCheckpointer() as reader:
+                restored = reader.restore(path / "state", like._asdict())
+        except Exception as error:  # what does not fit shows as whatever the reader stumbles over
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"{self.folder / str(step)}: the checkpoint cannot be restored ({reason}); "
+                f"{path}: the checkpoint is whole and yet cannot be restored ({reason}); "
                 "delete this folder to resume from the one before it."
             ) from error
-        return jax.block_until_ready(TrainState(**restored["state"]))
+        return jax.block_until_ready(TrainState(**restored))
+
+    # ---- saving
+
+    def save(self, state: TrainState, batches: grain.DatasetIterator, best: int | None = None) -> None:
+        """Start saving; the arrays are copied before this returns, so that the state may be donated.
+
+        Args:
+            best: step of the best checkpoint, which is kept beside the newest ones.
+        """
+        while len(self.pending) > 1:  # one may still be hashed while the next is saved
+            self.pending.popleft().result()
+        step = int(state.step)
+        path = self.folder / str(step)
+        self._write_data(path / "data", batches.get_state())
+        checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        if self.saved is not None:
+            self.saved.result()
+        checkpointer.save(path / "state", args=ocp.args.StandardSave(state._asdict()))
+        self.saved = self.committer.submit(_commit, checkpointer)
+        self.pending.append(self.sealer.submit(self._seal, step, best, self.saved))
+
+    def _write_data(self, folder: Path, state: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{self.first_row}.{jax.process_index()}.part"
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(folder / f"{self.first_row}.json")  # processes that feed the same rows write the same
+
+    def _seal(self, step: int, best: int | None, saved: "Future[None]") -> None:
+        saved.result()
+        if processes.is_first():
+            write_manifest(self.folder / str(step), step)
+            self._prune(step, best)
+
+    def _prune(self, newest: int, best: int | None) -> None:
+        """Keep the newest checkpoints and the best one; nothing newer than `newest` is touched."""
+        steps = sorted(step for step in self._steps() if step <= newest)
+        finished = [step for step in steps if (self.folder / str(step) / MANIFEST).exists()]
+        for step in set(steps) - {*finished[-self.config.keep :], best}:
+            (self.folder / str(step) / MANIFEST).unlink(missing_ok=True)  # half removed is as never finished
+            shutil.rmtree(self.folder / str(step))
+        for path in self.folder.glob("*.unfinished*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def finish(self) -> None:
         """Wait until everything is on disk; raises the error of a save that failed in the background."""
-        self.manager.wait_until_finished()
-        self.manager.check_for_errors()
+        while self.pending:
+            self.pending.popleft().result()
 
     def __enter__(self) -> "Checkpoints":
         self.say_unraisable = sys.unraisablehook
@@ -81,15 +188,25 @@ class Checkpoints:
             self.say_unraisable(what)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        failures = []
-        for end in (self.finish, self.manager.close):  # the second raises the error of the first again
+        failure = None
+        while self.pending:
             try:
-                end()
-            except Exception as failure:
-                failures.append(failure)
-        if failures and isinstance(error, UserError):
-            fault = f"{self.folder}: the last checkpoint was not saved ({failures[0]})."
-            raise UserError(*error.faults, fault) from failures[0]
-        if failures:
-            raise failures[0]
+                self.finish()
+            except Exception as found:
+                failure = failure or found
+        self.committer.shutdown()
+        self.sealer.shutdown()
+        if failure is not None and isinstance(error, UserError):
+            raise UserError(
+                *error.faults, f"{self.folder}: the last checkpoint was not saved ({failure})."
+            ) from failure
+        if failure is not None:
+            raise failure
         sys.unraisablehook = self.say_unraisable
+
+
+def _commit(checkpointer: ocp.AsyncCheckpointer) -> None:
+    try:
+        checkpointer.wait_until_finished()
+    finally:
+        checkpointer.close()

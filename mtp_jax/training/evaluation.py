@@ -1,6 +1,7 @@
 """Held-out loss and next-token accuracy, the same figures in training, in `mtp_jax.evaluate` and on model cards."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,11 +12,14 @@ from mtp_jax.training.next_token import NextToken
 
 
 def make_evaluate(
-    objective: NextToken, place: Callable[[Batch], Any]
+    objective: NextToken, place: Callable[[Batch], Any], everywhere: jax.sharding.Sharding | None = None
 ) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
-    """A function (params, batches) -> means over all supervised tokens; `place` puts a batch on the devices."""
+    """A function (params, batches) -> means over all supervised tokens; `place` puts a batch on the devices.
 
-    @jax.jit
+    Where several processes evaluate, `everywhere` puts the figures on the devices of each.
+    """
+
+    @partial(jax.jit, out_shardings=everywhere)
     def sums(params: Any, batch: Batch) -> dict[str, jax.Array]:
         return objective.sums(params, batch) | {"tokens": jnp.sum(batch["supervised"])}
 

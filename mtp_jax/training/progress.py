@@ -9,10 +9,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """Use as a context; `update` after every step."""
+    """Use as a context; `update` after every step. `quiet` where another process speaks."""
 
-    def __init__(self, steps: int, start: int):
-        self.console = Console(stderr=True)
+    def __init__(self, steps: int, start: int, quiet: bool = False):
+        self.console = Console(stderr=True, quiet=quiet)
         self.steps, self.begin, self.start = steps, time.monotonic(), start
         self.last_line = self.begin
         self.bar = Progress(
@@ -24,7 +24,7 @@ class ProgressBar:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("training", total=steps, completed=start, loss=float("nan"))
 

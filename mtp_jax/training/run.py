@@ -1,25 +1,28 @@
 """A training run from config to finished model, and from wherever an earlier attempt was cut off."""
 
-import contextlib
-import fcntl
+import os
+import shutil
+import signal
 import time
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import yaml
+import numpy as np
 
-from mtp_jax.config import Config, dump
+from mtp_jax.config import Config
 from mtp_jax.data.pipeline import Batch, held_out_batches, training_batches
 from mtp_jax.data.sources import read_sources
 from mtp_jax.data.supervision import check_supervision
-from mtp_jax.errors import FULL_DISK, UserError
-from mtp_jax.model.folder_writer import parameter_count
-from mtp_jax.training import sharding
+from mtp_jax.errors import Interrupted, UserError, warn
+from mtp_jax.model.folder_writer import parameter_count, whole_or_absent
+from mtp_jax.training import processes, sharding
 from mtp_jax.training.base import check_base, find_base
+from mtp_jax.training.best import Best
 from mtp_jax.training.checkpoints import Checkpoints
+from mtp_jax.training.claim import claim
+from mtp_jax.training.interruption import Interruption
 from mtp_jax.training.journal import Journal, Trackers, check_trackers
 from mtp_jax.training.program import build_program, check_divides
 from mtp_jax.training.progress import ProgressBar
@@ -27,15 +30,13 @@ from mtp_jax.training.recorder import Recorder
 from mtp_jax.training.step import TrainState
 from mtp_jax.training.tasks import MultiTokenTask, check_adapter, make_task
 
-# A run may continue with other values of these; anything else would change what it computes.
-_FREE = ("output_dir", "checkpoints", "logging", "compilation_cache", "mesh")
-
 
 def train(config: Config) -> Path:
     """Run `config`, continuing from the newest checkpoint in its output folder; returns the finished model's folder.
 
     Raises:
         UserError: input that cannot be trained on, an output folder of another run, a loss that is not finite.
+        Interrupted: by SIGTERM or Ctrl-C; the last step is saved.
     """
     # ---- where everything lies, checked before anything is written
     mesh = sharding.make_mesh(config.mesh)
@@ -53,17 +54,29 @@ def train(config: Config) -> Path:
     check_trackers(config)
     enable_compilation_cache(config.compilation_cache)
 
+    spread = sharding.batch_sharding(mesh)
+    rows = sharding.rows_here(spread, config.train.batch_size)  # of each batch, what this process feeds
+
     with (
-        _claim(run_dir, config),
+        claim(run_dir, config) if processes.is_first() else nullcontext(),
         sharding.on(mesh),
-        Checkpoints(run_dir / "checkpoints", config.checkpoints) as checkpoints,
+        Checkpoints(run_dir / "checkpoints", config.checkpoints, rows[0]) as checkpoints,
     ):
+        processes.from_first(lambda: None)  # the folder is ours
+        processes.log_to(run_dir / "logs")
+
         # ---- model, data, objective
         base = find_base(config, training, run_dir)
-        spread = sharding.batch_sharding(mesh)
 
         def place(batch: Batch) -> dict[str, jax.Array]:
-            return {name: jax.device_put(value, spread) for name, value in batch.items() if name != "documents"}
+            arrays = {name: np.asarray(value) for name, value in batch.items() if name != "documents"}
+            if len(arrays["tokens"]) != len(rows):  # the whole batch, of which each process places its part
+                arrays = {name: array[rows] for name, array in arrays.items()}
+            shape = {name: (config.train.batch_size, *array.shape[1:]) for name, array in arrays.items()}
+            return {
+                name: jax.make_array_from_process_local_data(spread, array, shape[name])
+                for name, array in arrays.items()
+            }
 
         program = build_program(config, base.g, mesh)
         task = make_task(config, base, program, place)
@@ -85,7 +98,7 @@ def train(config: Config) -> Path:
         else:
             params = task.start()
             optimizer = jax.jit(program.tx.init, out_shardings=program.placed.optimizer)(params)
-            state = TrainState(jax.device_put(jnp.int32(0), program.placed.step), params, optimizer)
+            state = TrainState(sharding.put(np.int32(0), sharding.replicated(mesh)), params, optimizer)
         start = start or 0
         if config.evaluation.every is not None and isinstance(task, MultiTokenTask):
             task.choose_prompts(held_out)
@@ -95,6 +108,7 @@ def train(config: Config) -> Path:
         metrics.cut(start)
         timing.cut(start)
         trackers = Trackers(config, run_dir, start)
+        best = Best(processes.from_first(metrics.records) if config.checkpoints.keep_best else [])
 
         # ---- steps
         def held_out_figures() -> dict[str, Any]:
@@ -108,7 +122,10 @@ def train(config: Config) -> Path:
             )
             return {f"held_out_{name}": value for name, value in task.evaluate(state.trained, held).items()}
 
-        with ProgressBar(config.train.steps, start) as progress:
+        with (
+            ProgressBar(config.train.steps, start, quiet=not processes.is_first()) as progress,
+            Interruption(mesh, progress.say) as interruption,
+        ):
             if start:
                 progress.say(f"resuming {run_dir} from step {start}")
             for line in supervision:
@@ -121,87 +138,66 @@ def train(config: Config) -> Path:
                 waited = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - waited
-                _check_trainable(batch, step)
-                state, values = program.step(state, task.frozen, place(batch))
+                placed = place(batch)
+                if step == 1:
+                    _check_trainable(placed, sharding.replicated(mesh))
+                state, values = program.step(state, task.frozen, placed)
                 record.step(step, values, batch, waited)  # reads the step before, while this one runs
-                due = step == config.train.steps
-                if config.evaluation.every and (due or step % config.evaluation.every == 0):
+                stop = interruption.requested()
+                due = step == config.train.steps or stop
+                better = False
+                if config.evaluation.every and (step == config.train.steps or step % config.evaluation.every == 0):
                     record.finish()
-                    record.line(step, held_out_figures())
-                if due or step % config.checkpoints.every == 0:
+                    figures = held_out_figures()
+                    record.line(step, figures)
+                    better = config.checkpoints.keep_best and best.offer(step, figures)
+                if due or better or step % config.checkpoints.every == 0:
                     record.finish()  # nothing after a non-finite loss is ever saved
                     metrics.sync()  # nor a state whose records could still be lost
                     timing.sync()
-                    checkpoints.save(state, batches)
+                    checkpoints.save(state, batches, best.step)
+                if stop and step < config.train.steps:
+                    checkpoints.finish()
+                    raise Interrupted(
+                        f"{signal.Signals(stop).name}: stopped after step {step} of {config.train.steps}, which is "
+                        "saved; the same command goes on from there.",
+                        stop,
+                    )
             record.finish()
             progress.say(batches.summary())
 
-        # ---- the finished model
-        checkpoints.finish()
-        out = task.write(run_dir, state.trained, metrics.last_figures())
-        for journal in (metrics, timing, trackers):
-            journal.close()
+            # ---- the finished model, and the best one
+            checkpoints.finish()
+            out = task.write(run_dir, state.trained, metrics.last_figures())
+            if best.step == config.train.steps:
+                if processes.is_first():
+                    _link(out, run_dir / "best" / out.name)
+            elif best.step is not None and checkpoints.is_whole(best.step):
+                jax.tree.map(lambda leaf: leaf.delete(), state)  # never two states at a time
+                state = checkpoints.restore(best.step, program.state)
+                task.write(run_dir / "best", state.trained, best.figures)
+            elif best.step is not None and processes.is_first():
+                warn(f"step {best.step} was the best, and its checkpoint is lost: {run_dir / 'best'} is not written.")
+            if best.step is not None and processes.is_first():
+                best.write(run_dir / "best.json")
+            for journal in (metrics, timing, trackers):
+                journal.close()
     return out
 
 
-def _check_trainable(batch: Batch, step: int) -> None:
-    if "anchors" in batch and step == 1 and (batch["anchors"] < 0).all():
+def _link(folder: Path, to: Path) -> None:
+    """A second name for a folder's files, which takes no room."""
+    with whole_or_absent(to) as part:
+        shutil.copytree(folder, part, copy_function=os.link, dirs_exist_ok=True)
+
+
+def _check_trainable(placed: dict[str, Any], everywhere: jax.sharding.Sharding | None) -> None:
+    some = jax.jit(lambda anchors: (anchors >= 0).any(), out_shardings=everywhere)
+    if "anchors" in placed and not some(placed["anchors"]):
         raise UserError(
             "the first batch has no supervised token behind which a block of masks could stand: the documents are "
             "shorter than three tokens, or none of their tokens is supervised."
         )
-
-
-@contextlib.contextmanager
-def _claim(run_dir: Path, config: Config) -> Iterator[None]:
-    """Within: the output folder is this run's and no other process's. The system lifts the lock when a process ends."""
-    written = run_dir / "config.yaml"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("a")
-    except OSError as error:
-        if error.errno in FULL_DISK:
-            raise
-        raise UserError(f"output_dir: {run_dir} cannot be written ({error.strerror}).") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"output_dir: {run_dir} is in use by another run that has not ended.") from error
-        if written.exists():
-            _check_same_run(written, config)
-        part = run_dir / ".config.yaml.part"
-        part.write_text(dump(config), encoding="utf-8")
-        part.replace(written)
-        yield
-
-
-def _check_same_run(written: Path, config: Config) -> None:
-    try:
-        before = yaml.safe_load(written.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        before = None
-    if not isinstance(before, dict):
-        raise UserError(
-            f"output_dir: {written} is damaged; choose another output_dir, or delete this one to start afresh."
-        )
-    changed = [path for path in _changes(before, config.model_dump()) if path.split(".")[0] not in _FREE]
-    if changed:
-        raise UserError(
-            f"output_dir: {written.parent} holds a run with other values of {', '.join(changed)}; "
-            "choose another output_dir, or delete this one to start afresh."
-        )
-
-
-def _changes(a: Any, b: Any, path: str = "") -> Iterator[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted(a.keys() | b.keys()):
-            yield from _changes(a.get(key), b.get(key), f"{path}.{key}" if path else key)
-    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            yield from _changes(x, y, f"{path}.{i}")
-    elif a != b:
-        yield path
 
 
 def enable_compilation_cache(folder: str | None) -> None:

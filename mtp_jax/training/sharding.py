@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -69,6 +70,18 @@ def table_sharding(mesh: jax.sharding.Mesh, table: tuple[Weight, ...]) -> Params
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Sequences are spread over the data and fsdp axes."""
     return NamedSharding(mesh, nn.logical_to_mesh_axes(("batch", "rows"), RULES))
+
+
+def rows_here(spread: NamedSharding, batch_size: int) -> list[int]:
+    """The sequences of a batch that devices of this process compute, in order."""
+    indices = spread.addressable_devices_indices_map((batch_size, 1)).values()
+    return sorted({row for index in indices if index for row in range(*index[0].indices(batch_size))})
+
+
+def put(value: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process holds whole, of which each device gets its part."""
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

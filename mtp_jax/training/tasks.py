@@ -1,6 +1,7 @@
 """What each objective brings to a run: what is trained, what is frozen, how it is judged, what it writes."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from mtp_jax.training.base import Base, load_base
 from mtp_jax.training.evaluation import make_evaluate
 from mtp_jax.training.next_token import NextToken
 from mtp_jax.training.program import Program, adapter_shape
+from mtp_jax.training.sharding import put, replicated
 
 
 class Task(Protocol):
@@ -40,7 +42,7 @@ class Task(Protocol):
         """Held-out figures."""
 
     def write(self, run_dir: Path, trained: Params, figures: dict[str, Any]) -> Path:
-        """Write the result; returns its folder."""
+        """Write the result; returns its folder. All processes call it, for each holds a part; the first one writes."""
 
 
 def make_task(config: Config, base: Base, program: Program, place: Callable[[Batch], Any]) -> Task:
@@ -56,7 +58,7 @@ class NextTokenTask:
     def __init__(self, config: Config, base: Base, program: Program, place: Callable[[Batch], Any]):
         assert isinstance(program.objective, NextToken)
         self.config, self.base, self.mesh = config, base, program.mesh
-        self.held_out = make_evaluate(program.objective, place)
+        self.held_out = make_evaluate(program.objective, place, replicated(program.mesh))
 
     def start(self) -> Params:
         """The base's weights, or new ones."""
@@ -86,9 +88,10 @@ class MultiTokenTask:
         self.config, self.base, self.program, self.place = config, base, program, place
         self.objective, self.shape = program.objective, program.objective.shape
         self.frozen = {"params": load_base(base, program.mesh, config.seed, jnp.dtype(config.model.compute_dtype))}
-        self.sums = jax.jit(self._sums)
+        everywhere = replicated(program.mesh)  # every process reads all figures
+        self.sums = jax.jit(self._sums, out_shardings=everywhere)
         estimator = Estimator(self.objective.model, self.shape, self.objective.attention_chunk)
-        self.accepted = jax.jit(estimator.accepted)
+        self.accepted = jax.jit(estimator.accepted, out_shardings=everywhere)
         self.continuations: Continuations | None = None
 
     def start(self) -> Params:
@@ -97,7 +100,7 @@ class MultiTokenTask:
         if self.config.model.adapter is not None:
             _, adapter = load_adapter(find_adapter(self.config.model.adapter), self.base.g, self.base.folder)
             adapter["mtp"]["masks"] = adapter["mtp"]["masks"][: self.shape.masks]
-            return jax.device_put(adapter, placed)
+            return jax.tree.map(put, adapter, placed)
         draw = jax.jit(lambda table, key: init_adapter(self.base.g, self.shape, table, key), out_shardings=placed)
         return draw(self.frozen["params"]["embed"]["embedding"], jax.random.key(self.config.seed))
 
@@ -127,19 +130,18 @@ class MultiTokenTask:
         prompts = held_out_prompts(documents, self.base.tokenizer, e.prompts, length)
         if not prompts:
             return
-        lengths = jnp.full(len(prompts), length, jnp.int32)
         assert self.base.folder is not None
-        stops = jnp.asarray(stop_ids(self.base.folder), jnp.int32)
+        stops = stop_ids(self.base.folder)
         model = self.objective.model
 
-        @jax.jit
+        @partial(jax.jit, out_shardings=replicated(self.program.mesh))
         def run(variables: Any, prompts: Any) -> Any:
-            limits = Limits(lengths + limit - length, stops)
+            lengths = jnp.full(len(prompts), length, jnp.int32)
+            limits = Limits(lengths + limit - length, jnp.asarray(stops, jnp.int32))
             state = Decoding(model, BlockPlan((0,))).decode(variables, prompts, lengths, limits, limit + 1, model.dtype)
-            return state.tokens, state.length
+            return Continuations(state.tokens, lengths, state.length)
 
-        tokens, ends = run(self.frozen, jnp.asarray(prompts, jnp.int32))
-        self.continuations = Continuations(tokens, lengths, ends)
+        self.continuations = run(self.frozen, np.asarray(prompts, np.int32))
 
     def write(self, run_dir: Path, trained: Params, figures: dict[str, Any]) -> Path:
         """`adapter/`, which every command accepts as an adapter."""

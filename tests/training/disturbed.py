@@ -1,7 +1,8 @@
 """`python disturbed.py POINT N ACTION COMMAND ...`: run a command of mtp_jax and disturb it at a certain point.
 
 POINT is where: `tokenizer` is written, a `line` of metrics, `torn` in its middle, a checkpoint `save` begins, a save
-has `begun`, the `model` folder is written. N says which time. ACTION is `kill`, or a folder whose disk is filled up.
+has `begun`, its `manifest` takes its name, metrics are `cut`, the `model` folder is written. N says which time. ACTION
+is `kill`, or a folder whose disk is filled up.
 """
 
 import contextlib
@@ -67,6 +68,10 @@ def main(point, count, action, command, *arguments):
                 disturb(action)
 
         Checkpoints.save = save
+    elif point == "manifest":
+        before(Path, "replace", count, action, lambda path, to: Path(to).name == "manifest.json")
+    elif point == "cut":
+        before(Path, "replace", count, action, lambda path, to: Path(to).name == "metrics.jsonl")
     elif point == "model":
         before(folder_writer, "save_file", count, action)
     else:

@@ -264,7 +264,7 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter_tree, write_config, com
 
 def test_data_without_room_for_a_block_is_refused():
     with pytest.raises(UserError, match="no supervised token behind which a block of masks could stand"):
-        _check_trainable({"anchors": np.full((2, 4), -1)}, step=1)
+        _check_trainable({"anchors": np.full((2, 4), -1)}, None)
 
 
 def test_evaluate_reports_what_the_run_did(adapter_tree, command, base):

@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -13,9 +14,10 @@ from conftest import listing, read_lines
 
 from mtp_jax.config import validate
 from mtp_jax.errors import UserError
-from mtp_jax.training import program, run, tasks
+from mtp_jax.training import checkpoints, program, tasks
 from mtp_jax.training.checkpoints import Checkpoints
-from mtp_jax.training.step import WEIGHTS_FINITE
+from mtp_jax.training.claim import claim
+from mtp_jax.training.step import WEIGHTS_FINITE, TrainState
 
 
 def test_the_records_of_a_run(finished):
@@ -113,27 +115,38 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(tree, write_config, co
 
 
 def failing_save(monkeypatch, error):
-    from orbax.checkpoint import CheckpointManager
-
-    def wait(self):
+    def fail(checkpointer):
         raise error
 
-    monkeypatch.setattr(CheckpointManager, "wait_until_finished", wait)
+    monkeypatch.setattr(checkpoints, "_commit", fail)
+
+
+class Nothing:
+    """An iterator of batches with nothing to remember."""
+
+    def get_state(self):
+        return {}
+
+
+def something():
+    return TrainState(jnp.int32(1), {"w": jnp.zeros(3)}, {})
 
 
 def test_a_failed_save_is_raised_at_the_end(tmp_path, monkeypatch):
     config = validate_checkpoints()
     with monkeypatch.context() as patched, pytest.raises(OSError, match="gone"):
         failing_save(patched, OSError("gone"))
-        with Checkpoints(tmp_path / "c", config):
-            pass
+        with Checkpoints(tmp_path / "c", config) as folder:
+            folder.save(something(), Nothing())
+    assert not (tmp_path / "c" / "1" / "manifest.json").exists()
 
 
 def test_a_failed_save_is_told_beside_the_fault_that_ended_the_run(tmp_path, monkeypatch):
     config = validate_checkpoints()
     with monkeypatch.context() as patched, pytest.raises(UserError) as caught:
         failing_save(patched, OSError("gone"))
-        with Checkpoints(tmp_path / "c", config):
+        with Checkpoints(tmp_path / "c", config) as folder:
+            folder.save(something(), Nothing())
             raise UserError("the loss is not finite.")
     assert len(caught.value.faults) == 2 and "gone" in caught.value.faults[1]
 
@@ -149,13 +162,13 @@ def validate_checkpoints():
 
 def test_a_second_run_on_the_same_folder_is_refused(tree, write_config, command):
     config, folder = write_config(tree), Path(tree["output_dir"])
-    with run._claim(folder, validate(tree, "tree")):
+    with claim(folder, validate(tree, "tree")):
         before = listing(folder)
         ended = command("train", "--config", config)
         assert ended.code == 2 and len(ended.errors) == 1
         assert ended.errors[0] == f"output_dir: {folder} is in use by another run that has not ended."
         assert listing(folder) == before
-    with run._claim(folder, validate(tree, "tree")):
+    with claim(folder, validate(tree, "tree")):
         pass
 
 
@@ -172,7 +185,7 @@ def test_a_second_process_on_the_same_folder_is_refused(tree, write_config, comm
     process.kill()
     finish(process)
     assert ended.code == 2 and len(ended.errors) == 1 and "is in use by another run" in ended.errors[0]
-    with run._claim(folder, validate(tree, "tree")):
+    with claim(folder, validate(tree, "tree")):
         pass
 
 

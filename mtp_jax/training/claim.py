@@ -1,0 +1,67 @@
+"""An output folder belongs to one run, and to one process group at a time."""
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtp_jax.config import Config, dump
+from mtp_jax.errors import FULL_DISK, UserError
+
+# A run may continue with other values of these; anything else would change what it computes.
+FREE = ("output_dir", "checkpoints", "logging", "compilation_cache", "mesh")
+
+
+@contextlib.contextmanager
+def claim(run_dir: Path, config: Config) -> Iterator[None]:
+    """Within: the output folder is this run's and no other process's. The system lifts the lock when a process ends."""
+    written = run_dir / "config.yaml"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("a")
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
+        raise UserError(f"output_dir: {run_dir} cannot be written ({error.strerror}).") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"output_dir: {run_dir} is in use by another run that has not ended.") from error
+        if written.exists():
+            _check_same_run(written, config)
+        part = run_dir / ".config.yaml.part"
+        part.write_text(dump(config), encoding="utf-8")
+        part.replace(written)
+        yield
+
+
+def _check_same_run(written: Path, config: Config) -> None:
+    try:
+        before = yaml.safe_load(written.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        raise UserError(
+            f"output_dir: {written} is damaged; choose another output_dir, or delete this one to start afresh."
+        )
+    changed = [path for path in _changes(before, config.model_dump()) if path.split(".")[0] not in FREE]
+    if changed:
+        raise UserError(
+            f"output_dir: {written.parent} holds a run with other values of {', '.join(changed)}; "
+            "choose another output_dir, or delete this one to start afresh."
+        )
+
+
+def _changes(a: Any, b: Any, path: str = "") -> Iterator[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            yield from _changes(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from _changes(x, y, f"{path}.{i}")
+    elif a != b:
+        yield path
