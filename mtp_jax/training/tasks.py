@@ -87,7 +87,7 @@ class MultiTokenTask:
         self.objective, self.shape = program.objective, program.objective.shape
         self.frozen = {"params": load_base(base, program.mesh, config.seed, jnp.dtype(config.model.compute_dtype))}
         self.sums = jax.jit(self._sums)
-        estimator = Estimator(self.objective.model, self.shape, self.objective.attention_chunk)
+        estimator = Estimator(self.objective.model, self.shape)
         self.accepted = jax.jit(estimator.accepted)
         self.continuations: Continuations | None = None
 
