@@ -1,7 +1,7 @@
 """Flash attention of the platform for real rows of whole sequences; whoever has none computes it by plain XLA.
 
-Mask rows stay with XLA (`attend_blocks`): the two parts of their softmax are joined through its total, and the kernels give
-that without a gradient.
+Mask rows stay with XLA (`attend_blocks`): the two parts of their softmax are joined through its total, and the kernels
+give that without a gradient.
 """
 
 import functools
@@ -65,7 +65,7 @@ def splash(
     heads = (q * q.shape[-1] ** -0.5).swapaxes(1, 2)
     run = functools.partial(_splash, window=window, interpret=interpret)
     if jax.sharding.get_abstract_mesh().size > 1:
-        # The compiler cannot part a kernel by itself. Key/value heads that the devices do not divide would have to be copied.
+        # The compiler cannot part a kernel by itself. Heads that the devices do not divide stay whole on each.
         axis = "kv_heads" if real.k.shape[1] % parts_of("kv_heads") == 0 else None
         rows = spec_of("batch", axis, None, None)
         of_segments = PartitionSpec(rows[0], None)

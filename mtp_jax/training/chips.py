@@ -9,8 +9,8 @@ import jax
 
 from mtp_jax.errors import UserError
 
-# Share of the arithmetic peak, of the memory bandwidth and of the links that expected times are reckoned with. A choice,
-# not a measurement.
+# Share of the peak of arithmetic, of memory bandwidth and of links that expected times are reckoned with. A choice, not
+# a measurement.
 EFFICIENCY = 0.4
 
 

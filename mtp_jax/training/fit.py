@@ -48,6 +48,7 @@ class Fit:
     peak: int
     flops: float
     moved: dict[str, int]  # bytes received, by kind of collective
+    largest_gather: int  # bytes; what is gathered is whole on each chip
     seconds: float | None  # expected, of a step
     tokens: int  # a step works on, or emits at least
     compiling: float  # seconds it took
@@ -66,7 +67,7 @@ class Fit:
             f"  a chip holds      {_gb(self.peak)}{has}: arguments {_gb(self.arguments)}, "
             f"temporaries {_gb(self.temporaries)}",
             f"  it computes       {self.flops / 1e12:.2f} TFLOP in a step",
-            f"  it receives       {moved}",
+            f"  it receives       {moved}; at most {_gb(self.largest_gather)} in one gather",
         ]
         if self.seconds is not None:
             lines.append(
@@ -170,17 +171,18 @@ def _fit(what: str, place: Place, step: Any, arguments: Any, tokens: int, hints:
         try:
             compiled = traced.lower(lowering_platforms=(place.mesh.devices.flat[0].platform,)).compile()
         except jax.errors.JaxRuntimeError as error:
-            found = re.search(r"Used ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm", str(error))
-            if found is None:
+            said = re.search(r"Used ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm", str(error))
+            if said is None:
                 raise
-            peak, limit = (int(float(n) * _UNITS[unit]) for n, unit in (found.groups()[:2], found.groups()[2:]))
+            peak, limit = (int(float(n) * _UNITS[unit]) for n, unit in (said.groups()[:2], said.groups()[2:]))
             spent = time.perf_counter() - begin
             return Fit(
-                *(what, place.name, chips, mesh, False, limit, held, max(0, peak - held), peak, work, {}, None),
+                *(what, place.name, chips, mesh, False, limit, held, max(0, peak - held), peak, work, {}, 0, None),
                 *(tokens, spent, hints),
             )
     spent = time.perf_counter() - begin
-    memory, moved = compiled.memory_analysis(), bytes_by_kind(collectives(compiled.as_text()))
+    memory, found = compiled.memory_analysis(), collectives(compiled.as_text())
+    moved, largest = bytes_by_kind(found), max((c.size for c in found if c.kind == "all-gather"), default=0)
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     held, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes + new
     peak = held + temporaries + memory.generated_code_size_in_bytes
@@ -191,8 +193,8 @@ def _fit(what: str, place: Place, step: Any, arguments: Any, tokens: int, hints:
         needed = (work / chip.flops, held / chip.bandwidth, sum(moved.values()) / chip.links)
         seconds = max(needed) / EFFICIENCY
     return Fit(
-        *(what, place.name, chips, mesh, fits, place.memory, held, temporaries, peak, work, moved, seconds),
-        *(tokens, spent, () if fits else hints),
+        *(what, place.name, chips, mesh, fits, place.memory, held, temporaries, peak, work, moved, largest),
+        *(seconds, tokens, spent, () if fits else hints),
     )
 
 
