@@ -43,7 +43,7 @@ def estimated(generator: Generator, model: str, adapter: str, texts: list[tuple[
     folder = find_folder(model)
     shape, trained = load_adapter(find_adapter(adapter), generator.g, folder)
     frozen = {"params": load_params(folder, generator.g, jnp.dtype("float32"))}
-    run = jax.jit(Estimator(Decoder(generator.g), shape, 64).accepted)
+    run = jax.jit(Estimator(Decoder(generator.g), shape).accepted)
     found = []
     width = -(-max(len(a + b) for a, b in texts) // 128) * 128
     for at in range(0, len(texts), _BATCH):

@@ -37,10 +37,12 @@ class Model(_Section):
 
     path: str | None = None  # a Hugging Face folder, bundled:NAME, or a hub name
     scratch: Scratch | None = None
+    geometry: str | None = None  # preflight: a config.json to read in place of the one of `path`
     adapter: str | None = None  # multi_token: an adapter to start from, in place of a fresh one
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # losses, norms and softmax are float32 always
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the folder a finished run writes
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # of real rows in training; auto by platform
 
 
 class Source(_Section):
@@ -115,7 +117,8 @@ class Train(_Section):
     beta2: float = Field(default=0.95, ge=0, lt=1)
     clip_norm: float | None = Field(default=1.0, gt=0)
     accumulation: int = Field(default=1, ge=1)  # the batch is computed in this many parts
-    loss_chunk: int = Field(default=2048, ge=1)  # rows whose logits exist at a time
+    anchor_chunk: int | None = Field(default=None, ge=1)  # multi_token: blocks of a sequence computed at a time
+    loss_chunk: int = Field(default=2048, ge=1)  # rows, on each device, whose logits exist at a time
 
 
 class Evaluation(_Section):
@@ -387,12 +390,17 @@ def _one_model(c: Any) -> Iterator[str]:
 def _objective_fits(c: Any) -> Iterator[str]:
     if c.objective == "next_token":
         given = {"lora": c.lora, "mtp": c.mtp, "train.anchors": c.train.anchors, "model.adapter": c.model.adapter}
-        given["data.continuations"] = c.data.continuations
+        given |= {"data.continuations": c.data.continuations, "train.anchor_chunk": c.train.anchor_chunk}
         for key in (key for key, value in given.items() if value is not None):
             yield f"{key} belongs to objective: multi_token, and the objective is next_token."
         return
     if c.model.path is None:
         yield "objective: multi_token trains beside a frozen checkpoint: model.path is missing."
+    if c.train.anchor_chunk is not None and c.lora is not None and not c.lora.gated:
+        yield (
+            "train.anchor_chunk takes blocks one chunk after another, which needs real rows that do not change: unset "
+            "it, or set lora.gated to true."
+        )
     masks = 8 if c.mtp is None else c.mtp.masks
     if c.train.sequence_length <= masks:
         yield (

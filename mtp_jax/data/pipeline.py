@@ -248,7 +248,7 @@ def training_batches(
     anchors: Anchors | None = None,
     *,
     too_long: TooLong = "split",
-    rows: range | None = None,
+    rows: Sequence[int] | None = None,
 ) -> tuple[Batches, Sequence[Any]]:
     """An endless iterator of batches, and the documents that their `documents` field numbers.
 
@@ -289,11 +289,6 @@ class _Windows(grain.transforms.Map):
         return rows
 
 
-def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """One state of the iterator from those that several processes saved; each draws the whole batch."""
-    return states[0]
-
-
 def held_out_batches(
     documents: Sequence[Example],
     tokenizer: Any,
@@ -302,7 +297,7 @@ def held_out_batches(
     limit: int | None = None,
     anchors: Anchors | None = None,
     *,
-    rows: range | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Every held-out document once, in order of name, cut into windows; the last batch is filled up with padding.
 
@@ -315,7 +310,7 @@ def held_out_batches(
     windows = grain.experimental.ConcatThenSplitIterDataset(
         numbers.to_iter_dataset(ahead), length_struct=dict.fromkeys(names, sequence_length + 1)
     ).map(_Windows(anchors))
-    part = slice(None) if rows is None else slice(rows.start, rows.stop)
+    part = slice(None) if rows is None else np.asarray(rows)
     for number, batch in enumerate(windows.batch(batch_size, drop_remainder=False)):
         if number == limit:
             return

@@ -8,20 +8,20 @@ from jaxtyping import Array
 
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.products import PanelLora, native, pack
-from mtp_jax.model.weights import Params, unstack_layers
+from mtp_jax.model.weights import Params
 
 # Groups of projections that read one input; `Layer.step` knows them by these names.
 GROUPS = {"attention_in": ("q", "k", "v"), "attention_out": ("o",), "mlp_in": ("gate", "up"), "mlp_out": ("down",)}
 
 
 def fuse(g: Geometry, params: Params, lora: Params | None, dtype: jnp.dtype, kernels: bool = True) -> tuple[Any, Any]:
-    """The unstacked `params`, and what `Decoder.step` takes as `fused`. Stacked weights are consumed.
+    """`params` without what was joined, and what `Decoder.step` takes as `fused`.
 
     Args:
+        params: unstacked; the dicts of the layers are changed.
         lora: the scaled collection, stacked; None without adapter.
         kernels: join the base's matrices too. Not where they are sharded over columns: parts would have to move.
     """
-    params = unstack_layers(params)
     panels = in_cpp(dtype, kernels)
     layers: dict[str, Any] = {}
     for i in range(g.L):

@@ -21,7 +21,7 @@ from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.folder import find_folder, load_params, load_tokenizer, read_geometry, stop_ids
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.products import pack
-from mtp_jax.model.weights import Params
+from mtp_jax.model.weights import Params, unstack_layers
 from mtp_jax.mtp.adapter import AdapterShape, with_adapter
 from mtp_jax.mtp.adapter_folder import TENSORS, find_adapter, fingerprint, load_adapter
 from mtp_jax.training import sharding
@@ -321,6 +321,13 @@ def decoding_variables(
 
     Stacked `params` are consumed.
     """
+    return variables_of(g, unstack_layers(params), adapter, shape, dtype, kernels)
+
+
+def variables_of(
+    g: Geometry, params: Params, adapter: Params | None, shape: AdapterShape | None, dtype: jnp.dtype, kernels: bool
+) -> dict[str, Any]:
+    """`decoding_variables` of `params` that are unstacked already; without `kernels` a pure function."""
     lora = None if shape is None or adapter is None else with_adapter({}, adapter, shape)["lora"]
     params, fused = fuse(g, params, lora, dtype, kernels)
     variables = {"params": params, "fused": fused}

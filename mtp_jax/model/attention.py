@@ -7,6 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.placement import parts_of
+
+# Float32 attention scores that may exist at a time, on each device.
+_SCORE_BYTES = 256 << 20
 
 
 class LayerCache(NamedTuple):
@@ -89,6 +93,30 @@ def attend(
     return sum(out[1:], out[0]).reshape(B, K, N // K, R, H).transpose(0, 3, 1, 2, 4).reshape(B, R, N, H)
 
 
+def attend_rows(q: Float[Array, "B R N H"], held: LayerCache, visible: Bool[Array, "B R S"]) -> Float[Array, "B R N H"]:
+    """`attend` for the rows of whole sequences: scores of all heads exist for so many rows at a time as fit.
+
+    Where there are several chunks of rows, each is computed again in the backward pass.
+    """
+    B, R, N, H = q.shape
+    rows = score_rows(B * N * held.k.shape[2])
+    if rows >= R:
+        return attend(q, held, visible)
+    count = -(-R // rows)
+
+    def cut(leaf: Array) -> Array:
+        leaf = jnp.pad(leaf, [(0, 0), (0, count * rows - R)] + [(0, 0)] * (leaf.ndim - 2))
+        return jnp.moveaxis(leaf.reshape(B, count, rows, *leaf.shape[2:]), 1, 0)
+
+    out = jax.lax.map(jax.checkpoint(lambda part: attend(part[0], held, part[1])), (cut(q), cut(visible)))
+    return jnp.moveaxis(out, 0, 1).reshape(B, count * rows, N, H)[:, :R]
+
+
+def score_rows(scores: int) -> int:
+    """Of how many rows, or blocks, with so many scores each over the batch, the scores may exist at a time."""
+    return max(1, _SCORE_BYTES * parts_of("batch", "heads") // (4 * scores))
+
+
 class Blocks(NamedTuple):
     """G blocks of M mask rows per sequence, each anchored to a key (method.md, section 1).
 
@@ -115,15 +143,16 @@ def attend_blocks(
     blocks: Blocks,
     keys: Keys,
     window: Int[Array, ""] | int | None,
-    chunk: int,
+    chunk: int | None,
 ) -> Float[Array, "B G M N H"]:
     """Attention of mask rows: one softmax over the prefix up to the anchor and the own block up to the row.
 
-    The scores of `chunk` blocks exist at a time. `own` is k and v [B, G, M, K, H]; a block of segment 0 sees itself
-    alone. Plain XLA, so that gradients reach q, own, and real where real depends on what is trained.
+    The scores of `chunk` blocks exist at a time, of so many as fit where it is None. `own` is k and v [B, G, M, K, H];
+    a block of segment 0 sees itself alone. Plain XLA, so that gradients reach q, own, and real where real depends on
+    what is trained.
     """
     B, G, M, N, H = q.shape
-    c = min(chunk, G)
+    c = min(score_rows(B * N * M * real.k.shape[2]) if chunk is None else chunk, G)
     count = -(-G // c)
 
     def cut(leaf: Array) -> Array:

@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mtp_jax.model.attention import Blocks, Keys, LayerCache, attend, attend_blocks, visibility
+from mtp_jax.model.attention import Blocks, Keys, LayerCache, attend, attend_blocks, attend_rows, visibility
 from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.kernels import flash, misfit
+from mtp_jax.model.placement import parts_of
 from mtp_jax.model.products import Panels, adapted_times, attend_slots, attends, times
+from mtp_jax.model.projection import Matrices, Projection
 from mtp_jax.model.rope import angles, rotate
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -23,7 +26,7 @@ REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-# Mask rows, over the batch, that go through the MLP at a time where memory counts (remat "full").
+# Mask rows that go through the MLP at a time, on each device, where memory counts (remat "full").
 _MLP_ROWS = 1024
 Cache = LayerCache | Sequence[LayerCache]
 
@@ -46,46 +49,6 @@ class MaskRows(NamedTuple):
     anchors: Int[Array, "B Q"]  # position of each row's anchor
     offsets: Int[np.ndarray, " Q"]  # 1, 2, ... within its block
     blocks: Int[np.ndarray, " Q"]  # rows of one block bear one number
-
-
-class Projection(nn.Module):
-    """y = x W (+ b), in the dtype of x; for adapted rows y + (x A) B, where the `lora` collection holds A and B."""
-
-    features: int
-    bias: bool = False
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "... in"], adapted: bool = False) -> Float[Array, "... out"]:
-        kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], self.features))
-        y = x @ kernel.astype(x.dtype)
-        if self.bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
-        if adapted and self.has_variable("lora", "a"):
-            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-            y = y + low_rank(x, a.astype(x.dtype), b.astype(x.dtype))
-        return y
-
-
-@jax.custom_vjp
-def low_rank(x: Float[Array, "... in"], a: Float[Array, "in R"], b: Float[Array, "R out"]) -> Float[Array, "... out"]:
-    """(x A) B. Its backward pass transposes only arrays of width R, where autodiff would transpose full rows."""
-    return (x @ a) @ b
-
-
-def _low_rank_forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
-    inner = x @ a
-    return inner @ b, (x, a, b, inner)
-
-
-def _low_rank_backward(saved: tuple[Array, ...], dy: Float[Array, "... out"]) -> tuple[Array, Array, Array]:
-    x, a, b, inner = saved
-    d_inner = dy @ b.T
-    d_a = jnp.einsum("...r,...i->ri", d_inner, x).T
-    d_b = jnp.einsum("...r,...o->ro", inner, dy)
-    return d_inner @ a.T, d_a, d_b
-
-
-low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 class RMSNorm(nn.Module):
@@ -114,12 +77,12 @@ class Layer(nn.Module):
         self.attention_norm, self.mlp_norm = RMSNorm(g.norm_epsilon), RMSNorm(g.norm_epsilon)
         if g.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(g.norm_epsilon), RMSNorm(g.norm_epsilon)
-        self.q = Projection(g.N * g.H, g.qkv_bias)
-        self.k = Projection(g.K * g.H, g.qkv_bias)
-        self.v = Projection(g.K * g.H, g.qkv_bias)
-        self.o = Projection(g.D, g.o_bias)
-        self.gate, self.up = Projection(g.F, g.mlp_bias), Projection(g.F, g.mlp_bias)
-        self.down = Projection(g.D, g.mlp_bias)
+        self.q = Projection(g.N * g.H, g.qkv_bias, (None, "heads"))
+        self.k = Projection(g.K * g.H, g.qkv_bias, (None, "kv_heads"))
+        self.v = Projection(g.K * g.H, g.qkv_bias, (None, "kv_heads"))
+        self.o = Projection(g.D, g.o_bias, ("heads", None))
+        self.gate, self.up = (Projection(g.F, g.mlp_bias, (None, "mlp")) for _ in range(2))
+        self.down = Projection(g.D, g.mlp_bias, ("mlp", None))
 
     def real(
         self,
@@ -128,11 +91,13 @@ class Layer(nn.Module):
         kind: Int[Array, ""] | int,
         adapted: bool,
         keep: bool,
+        attention: Callable[[Array, LayerCache, Any], Array],
     ) -> tuple[Float[Array, "B R D"], LayerCache | None]:
         """Real rows of whole sequences; returns their keys and values where these are to be kept."""
         q, k, v = self._attention_inputs(x, rows.cos, rows.sin, adapted)
         held = LayerCache.of_rows(k, v)
-        x = self._mlp(self._attended(x, attend(q, held, rows.visible[kind]), adapted), adapted)
+        x = self._attended(x, attention(q, held, kind), adapted)
+        x = self._mlp(x, self._mlp_weights(x.dtype, adapted))
         self.sow("intermediates", "residual", x)
         return x, held if keep else None
 
@@ -166,7 +131,7 @@ class Layer(nn.Module):
             elif "kernel" in joined:
                 y = times(x, joined["kernel"])
             else:
-                y = jnp.concatenate([getattr(self, name)(x) for name in names], axis=-1)
+                y = jnp.concatenate([getattr(self, name)(x, gather=False) for name in names], axis=-1)
             if "bias" in joined:
                 y = y + joined["bias"]
             if "a" in joined and real < x.shape[1]:
@@ -203,7 +168,7 @@ class Layer(nn.Module):
         keys: Keys,
         window: Int[Array, ""] | None,
         real: LayerCache,
-        chunk: int,
+        chunk: int | None,
         parts: int,
     ) -> Float[Array, "B G M D"]:
         """Mask rows, which see the real rows' keys and values and those of their own block.
@@ -213,7 +178,8 @@ class Layer(nn.Module):
         q, k, v = self._attention_inputs(m, cos, sin, adapted=True)
         h = attend_blocks(q, (k, v), real, blocks, keys, window, chunk)
         m = self._attended(m, h, adapted=True)
-        return self._mlp(m, True) if parts == 1 else _in_parts(lambda m: self._mlp(m, True), m, parts)
+        with_weights = self._mlp_weights(m.dtype, adapted=True)  # gathered once for all parts
+        return self._mlp(m, with_weights) if parts == 1 else _in_parts(lambda m: self._mlp(m, with_weights), m, parts)
 
     def _attention_inputs(self, x: Float[Array, "... D"], cos: Array, sin: Array, adapted: bool) -> tuple[Array, ...]:
         g = self.g
@@ -230,10 +196,16 @@ class Layer(nn.Module):
         with jax.named_scope("attention"):
             return x + self.o(h.reshape(*x.shape[:-1], -1), adapted)
 
-    def _mlp(self, x: Float[Array, "... D"], adapted: bool) -> Float[Array, "... D"]:
+    def _mlp_weights(self, dtype: jnp.dtype, adapted: bool) -> tuple[Matrices, Matrices, Matrices]:
+        D, F = self.g.D, self.g.F
+        gate, up = self.gate.matrices(D, dtype, adapted), self.up.matrices(D, dtype, adapted)
+        return gate, up, self.down.matrices(F, dtype, adapted)
+
+    def _mlp(self, x: Float[Array, "... D"], weights: tuple[Matrices, Matrices, Matrices]) -> Float[Array, "... D"]:
+        gate, up, down = weights
         with jax.named_scope("mlp"):
             h = self.mlp_norm(x)
-            x = x + self.down(jax.nn.silu(self.gate(h, adapted)) * self.up(h, adapted), adapted)
+            x = x + down(jax.nn.silu(gate(h)) * up(h))
         return nn.with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1))
 
 
@@ -257,6 +229,7 @@ class Decoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     scanned: bool = True
+    attention: str = "xla"  # of real rows in whole sequences, where they fit it: "xla", "splash", "cudnn"
 
     def setup(self) -> None:
         self.embed = _Table(self.g.V, self.g.D)
@@ -289,8 +262,13 @@ class Decoder(nn.Module):
         visible = jnp.stack([visibility(positions, positions, segments, segments, window) for window in windows])
         rows = Rows(*angles(g.rope, positions), visible, positions[:, 0])
 
+        def attention(q: Array, held: LayerCache, kind: Any) -> Array:
+            if self.attention == "xla" or misfit(self.attention, q.shape[1], g.H, q.dtype):
+                return attend_rows(q, held, visible[kind])
+            return flash(self.attention, q, held, visible, segments, windows, kind)
+
         def body(layer: Layer, x: Array, kind: Any) -> tuple[Array, LayerCache | None]:
-            return layer.real(x, rows, kind, adapted, keep)
+            return layer.real(x, rows, kind, adapted, keep, attention)
 
         if self.scanned:
             x, kept = self._scan(self._rematerialised(body))(self.layers, x, jnp.asarray(kinds))
@@ -363,14 +341,14 @@ class Decoder(nn.Module):
         blocks: Blocks,
         keys: Keys,
         real: LayerCache,
-        chunk: int,
+        chunk: int | None = None,
     ) -> Float[Array, "B G M D"]:
         """Latents of all mask rows after the final norm.
 
         Args:
             embeddings: of the mask tokens m_1..m_M.
             blocks: the anchors; `keys` and `real` describe the real rows, as `__call__` kept them or in a cache.
-            chunk: how many blocks' attention scores exist at a time.
+            chunk: how many blocks' attention scores exist at a time; so many as fit where it is None.
         """
         g, M = self.g, embeddings.shape[0]
         m = jnp.broadcast_to(embeddings.astype(self.dtype), (*blocks.anchors.shape, M, g.D))
@@ -380,7 +358,7 @@ class Decoder(nn.Module):
         windowed = any(window is not None for window in g.windows)
         windows = jnp.asarray([window or jnp.iinfo(jnp.int32).max for window in g.windows]) if windowed else None
 
-        rows = blocks.anchors.size * M
+        rows = blocks.anchors.size * M // parts_of("batch")
         parts = -(-rows // _MLP_ROWS) if self.remat == "full" else 1
 
         def body(layer: Layer, m: Array, window: Any, real: LayerCache) -> tuple[Array, None]:
@@ -391,9 +369,7 @@ class Decoder(nn.Module):
 
     def logits(self, latents: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """The base head, float32."""
-        return jnp.einsum(
-            "...d,vd->...v", latents, self.unembedding().astype(latents.dtype), preferred_element_type=jnp.float32
-        )
+        return head(latents, self.unembedding())
 
     def embeddings(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Input embeddings of tokens, as stored."""
@@ -418,6 +394,11 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             length=self.g.L,
         )
+
+
+def head(latents: Float[Array, "... D"], unembedding: Float[Array, "V D"]) -> Float[Array, "... V"]:
+    """Logits, float32."""
+    return jnp.einsum("...d,vd->...v", latents, unembedding.astype(latents.dtype), preferred_element_type=jnp.float32)
 
 
 class _Table(nn.Module):

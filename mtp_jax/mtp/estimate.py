@@ -29,7 +29,6 @@ class Estimator:
 
     model: Decoder
     shape: AdapterShape
-    attention_chunk: int
     draft_chunk: int = 512  # blocks, over the batch, whose draft logits exist at a time
 
     def accepted(self, trained: Params, frozen: Params, of: Continuations) -> Int[Array, "B S"]:
@@ -46,9 +45,7 @@ class Estimator:
         _, kept = self.model.apply(variables, of.tokens, positions, segments, adapted=adapted, keep=True)
         blocks = Blocks(positions, positions, segments)
         masks = trained["mtp"]["masks"]
-        z = self.model.apply(
-            variables, masks, blocks, Keys(positions, segments), kept, self.attention_chunk, method="masks"
-        )
+        z = self.model.apply(variables, masks, blocks, Keys(positions, segments), kept, method="masks")
         # The token after row i is known; draft j is to be token i+1+j.
         ahead = jnp.minimum(positions[..., None] + 1 + jnp.arange(M + 1), S - 1)
         following = jnp.take_along_axis(of.tokens, ahead.reshape(B, -1), axis=1).reshape(B, S, M + 1)

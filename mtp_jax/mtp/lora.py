@@ -18,9 +18,10 @@ def lora_table(g: Geometry, targets: tuple[str, ...], rank: int) -> tuple[Weight
     for weight in weight_table(g):
         if weight.path[0] == "layers" and weight.path[1] in targets and weight.path[2] == "kernel":
             (L, rows, columns), (layers, row_axis, column_axis) = weight.shape, weight.axes
+            # Each is spread over the fsdp axis once: by the model's width, or else by its rank.
             for name, shape, axes in (
-                ("a", (L, rows, rank), (layers, row_axis, None)),
-                ("b", (L, rank, columns), (layers, None, column_axis)),
+                ("a", (L, rows, rank), (layers, row_axis, None if row_axis == "embed" else "rank")),
+                ("b", (L, rank, columns), (layers, None if column_axis == "embed" else "rank", column_axis)),
             ):
                 path = ("layers", weight.path[1], name)
                 table.append(Weight(path, shape, axes, "lora." + ".".join(path)))

@@ -1,16 +1,18 @@
 """All losses of the method, as returned values (method.md, section 4)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mtp_jax.model.attention import Keys
-from mtp_jax.model.decoder import Decoder
-from mtp_jax.model.weights import Params
-from mtp_jax.mtp.adapter import AdapterShape, with_adapter
+from mtp_jax.model.attention import Blocks, Keys, LayerCache
+from mtp_jax.model.decoder import Decoder, head
+from mtp_jax.model.placement import place
+from mtp_jax.model.weights import Params, build_tree, leaf_at
+from mtp_jax.mtp.accumulation import accumulated, cut
+from mtp_jax.mtp.adapter import AdapterShape, adapter_table, with_adapter
 from mtp_jax.mtp.blocks import Targets, blocks_of, targets_of
 from mtp_jax.mtp.sampler import sample_latent
 from mtp_jax.mtp.vocabulary import cross_entropy, divergence, over_chunks, sum_over_chunks
@@ -32,6 +34,16 @@ class LossTerms:
     kl_warmup_steps: int = 0  # of total variation, which is unstable from scratch
 
 
+class Context(NamedTuple):
+    """What mask rows see of the real rows, and are compared with."""
+
+    keys: Keys
+    kept: LayerCache | None  # keys and values, stacked by layer
+    latents: Float[Array, "B T D"]
+    choice: Int[Array, "B T"]  # the base model's, of the next token
+    table: Float[Array, "V D"]  # of the base head, whole
+
+
 @dataclass(frozen=True)
 class MultiTokenLoss:
     """The two-stream forward and every loss term of a batch."""
@@ -39,8 +51,9 @@ class MultiTokenLoss:
     model: Decoder
     shape: AdapterShape
     terms: LossTerms
-    loss_chunk: int  # rows whose logits exist at a time
-    attention_chunk: int  # blocks whose attention scores exist at a time
+    loss_chunk: int  # rows of each device whose logits exist at a time
+    attention_chunk: int | None = None  # blocks whose attention scores exist at a time; None for so many as fit
+    anchor_chunk: int | None = None  # blocks of a sequence that exist at a time; None for all; needs the gate
 
     def totals(self, batch: Any) -> Sums:
         """What sums over a whole batch are divided by."""
@@ -60,7 +73,9 @@ class MultiTokenLoss:
         self, trained: Params, frozen: Params, part: Any, totals: Sums, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], Sums]:
         """This part's share of the total loss, and of every term and agreement."""
-        return self.values(self.sums(trained, frozen, part, step), totals)
+        if self.anchor_chunk is None or self.anchor_chunk >= part["anchors"].shape[1]:
+            return self.values(self.sums(trained, frozen, part, step), totals)
+        return self._in_chunks(trained, frozen, part, totals, step)
 
     def values(self, sums: Sums, totals: Sums) -> tuple[Float[Array, ""], Sums]:
         """The total loss and every figure, from sums and totals."""
@@ -89,57 +104,62 @@ class MultiTokenLoss:
             total = total + t.lcm_weight * values["lcm_loss"]
         return total, {"loss": total, **values}
 
-    def latents(self, trained: Params, frozen: Params, batch: Any) -> tuple[Array, Array]:
-        """Latents of real rows [B, T, D] and of mask rows [B, G, M, D]."""
-        variables = with_adapter(frozen["params"], trained, self.shape)
-        tokens, positions, segments = batch["tokens"], batch["positions"], batch["segments"]
-        adapted = not self.shape.gated
-        z_real, kept = self.model.apply(variables, tokens, positions, segments, adapted=adapted, keep=True)
-        blocks = blocks_of(batch["anchors"], positions, segments)
-        keys = Keys(positions, segments)
-        z = self.model.apply(
-            variables, trained["mtp"]["masks"], blocks, keys, kept, self.attention_chunk, method="masks"
-        )
-        return z_real, z
-
-    def sums(self, trained: Params, frozen: Params, batch: Any, step: Int[Array, ""]) -> Sums:
-        """Every term summed over the rows it runs over."""
-        z_real, z = self.latents(trained, frozen, batch)
-        variables = {"params": frozen["params"]}
-        sampler, t = trained["mtp"].get("sampler"), self.terms
-
-        def logits(latents: Array) -> Array:
-            return self.model.apply(variables, latents, method="logits")
-
-        def sampled(previous: Array, latents: Array) -> Array:
-            embedding = self.model.apply(variables, previous, method="embeddings")
-            return logits(sample_latent(sampler, self.shape.sampler, embedding, latents))
+    def real(self, trained: Params, frozen: Params, batch: Any) -> tuple[Context, Sums]:
+        """What mask rows need to know of the real rows, and the terms summed over real rows."""
+        gated, t = self.shape.gated, self.terms
+        base = {"params": frozen["params"]}
+        variables = base if gated else with_adapter(frozen["params"], trained, self.shape)
+        fields = batch["tokens"], batch["positions"], batch["segments"]
+        z_real, kept = self.model.apply(variables, *fields, adapted=not gated, keep=True)
+        # Gathered once for all chunks of rows.
+        table = place(self.model.apply(base, method="unembedding"), "vocab", None)
+        sampler = trained["mtp"].get("sampler")
 
         def real(rows: Any) -> tuple[Sums, Array]:
             latents, tokens, labels, counted = rows
-            scores = logits(latents)
+            scores = head(latents, table)
             choice = jnp.argmax(scores, axis=-1)
             sums = {
                 "real": jnp.sum(cross_entropy(scores, labels) * counted),
                 "real_right": jnp.sum((choice == labels) & counted).astype(jnp.float32),
             }
             if t.sampler_on_real and sampler is not None:
-                sums["sampler_real"] = jnp.sum(cross_entropy(sampled(tokens, latents), labels) * counted)
+                corrected = self._sampled(sampler, frozen, tokens, latents)
+                sums["sampler_real"] = jnp.sum(cross_entropy(head(corrected, table), labels) * counted)
             return sums, choice
 
         rows = (z_real, batch["tokens"], batch["labels"], batch["supervised"])
-        real_sums, choice = over_chunks(real, rows, self.loss_chunk)
-
+        sums, choice = over_chunks(real, rows, self.loss_chunk)
         # Targets taken from the base model are constants, also where standard LoRA moves the real rows.
-        fixed = jax.lax.stop_gradient(z_real)
-        _, targets = self._targets(batch)
+        return Context(Keys(*fields[1:]), kept, jax.lax.stop_gradient(z_real), choice, table), sums
+
+    def latents(self, trained: Params, frozen: Params, context: Context, blocks: Blocks) -> Float[Array, "B G M D"]:
+        """Latents of mask rows."""
+        variables, embeddings = with_adapter(frozen["params"], trained, self.shape), trained["mtp"]["masks"]
+        return self.model.apply(
+            variables, embeddings, blocks, context.keys, context.kept, self.attention_chunk, method="masks"
+        )
+
+    def masks(
+        self,
+        trained: Params,
+        frozen: Params,
+        context: Context,
+        blocks: Blocks,
+        targets: Targets,
+        step: Int[Array, ""],
+    ) -> Sums:
+        """The terms summed over the mask rows of blocks."""
+        sampler, t = trained["mtp"].get("sampler"), self.terms
+        z = self.latents(trained, frozen, context, blocks)
+        fixed, choice, table = context.latents, context.choice, context.table
 
         def masks(rows: tuple[Array, Targets]) -> Sums:
             latents, of = rows
             flat = of.row.reshape(len(of.row), -1)
             same = jnp.take_along_axis(fixed, flat[..., None], axis=1).reshape(latents.shape)
             chosen = jnp.take_along_axis(choice, flat, axis=1).reshape(of.row.shape)
-            base = logits(same) if t.target in ("base_soft", "total_variation") else None
+            base = head(same, table) if t.target in ("base_soft", "total_variation") else None
             counted = self._counted(of) * self._static_weights()
 
             def term(scores: Array) -> tuple[Array, Array]:
@@ -155,15 +175,52 @@ class MultiTokenLoss:
                 return jnp.sum(loss * weights), agree
 
             sums: Sums = {}
-            sums["base"], sums["agree_base"] = term(logits(latents))
+            sums["base"], sums["agree_base"] = term(head(latents, table))
             if sampler is not None:
-                sums["sampler"], sums["agree_sampler"] = term(sampled(of.previous, latents))
+                sums["sampler"], sums["agree_sampler"] = term(
+                    head(self._sampled(sampler, frozen, of.previous, latents), table)
+                )
             if t.lcm_weight:
                 gap = (same - latents).astype(jnp.float32)
                 sums["lcm"] = jnp.sum(jnp.mean(gap * gap, axis=-1) * of.share)
             return sums
 
-        return real_sums | sum_over_chunks(masks, (z, targets), max(1, self.loss_chunk // self.shape.masks))
+        return sum_over_chunks(masks, (z, targets), max(1, self.loss_chunk // self.shape.masks))
+
+    def sums(self, trained: Params, frozen: Params, batch: Any, step: Int[Array, ""]) -> Sums:
+        """Every term summed over the rows it runs over."""
+        context, sums = self.real(trained, frozen, batch)
+        return sums | self.masks(trained, frozen, context, *self._targets(batch), step)
+
+    def _in_chunks(
+        self, trained: Params, frozen: Params, batch: Any, totals: Sums, step: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], Sums]:
+        """The loss and every figure, from chunks of blocks: losses are sums over rows, so it is the same loss."""
+        context, real_sums = self.real(trained, frozen, batch)
+        chunks = cut(self._targets(batch), self.anchor_chunk)
+
+        def share(trained: Params, rest: Any, chunk: Any) -> tuple[Float[Array, ""], Sums]:
+            frozen, context, totals, step, nothing = rest
+            sums = self.masks(trained, frozen, context, *chunk, step)
+            return self.values(nothing | sums, totals)[0], sums
+
+        first = jax.tree.map(lambda x: x[0], chunks)
+        shapes = jax.eval_shape(self.masks, trained, frozen, context, *first, step)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), {**real_sums, **shapes})
+        rest = (frozen, context, totals, step, nothing)
+        loss, sums = accumulated(share, self._placed, trained, jax.lax.stop_gradient(rest), chunks)
+        loss = loss + self.values(nothing | real_sums, totals)[0]
+        values = self.values(jax.lax.stop_gradient(real_sums | sums), totals)[1]
+        return loss, values | {"loss": loss}
+
+    def _placed(self, trained: Params) -> Params:
+        """A tree like what is trained, lying where that lies."""
+        table = adapter_table(self.model.g, self.shape)
+        return build_tree([(w.path, place(leaf_at(trained, w.path), *w.axes)) for w in table])
+
+    def _sampled(self, sampler: Params, frozen: Params, previous: Array, latents: Array) -> Array:
+        embedding = self.model.apply({"params": frozen["params"]}, previous, method="embeddings")
+        return sample_latent(sampler, self.shape.sampler, embedding, latents)
 
     def _row_loss(
         self, scores: Array, of: Targets, chosen: Array, base: Array | None, step: Array

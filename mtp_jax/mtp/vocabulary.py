@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mtp_jax.model.placement import parts_of
+
 
 def over_chunks(f: Callable[[Any], tuple[Any, Any]], rows: Any, chunk: int) -> tuple[Any, Any]:
     """Apply `f` to chunks of rows: the total of its first result, and its second for all rows.
@@ -16,10 +18,10 @@ def over_chunks(f: Callable[[Any], tuple[Any, Any]], rows: Any, chunk: int) -> t
     Args:
         f: from arrays [B, c, ...] to a tree of sums and a tree of arrays [B, c, ...]; rows of zeros must add nothing.
         rows: a tree of arrays [B, T, ...].
-        chunk: about how many rows, over the whole batch, are in a chunk.
+        chunk: about how many rows of each device are in a chunk.
     """
     B, T = jax.tree.leaves(rows)[0].shape[:2]
-    c = min(T, max(1, chunk // B))
+    c = min(T, max(1, chunk * parts_of("batch") // B))
     count = -(-T // c)
 
     def cut(leaf: Array) -> Array:  # chunks go along T, so that rows stay where the batch is sharded

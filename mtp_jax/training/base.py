@@ -45,6 +45,8 @@ def check_base(config: Config) -> Any | None:
     Raises:
         UserError: a folder, config, tokenizer or weights that do not do, or sequences longer than the model's context.
     """
+    if config.model.geometry is not None:
+        raise UserError("model.geometry stands for a model that is not here, for mtp_jax.preflight alone; unset it.")
     if config.model.path is not None:
         folder = find_folder(config.model.path)
         g = read_geometry(folder)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mtp_jax.data.pipeline import Batch
-from mtp_jax.model.decoder import Decoder
+from mtp_jax.model.decoder import Decoder, head
+from mtp_jax.model.placement import place
 from mtp_jax.mtp.vocabulary import cross_entropy_sums, sum_over_chunks
 from mtp_jax.training.step import Metrics
 
@@ -34,10 +35,11 @@ class NextToken:
     def sums(self, params: Any, batch: Batch) -> Metrics:
         """Cross-entropy and right guesses summed over the supervised rows."""
         variables = {"params": params}
+        table = place(self.model.apply(variables, method="unembedding"), "vocab", None)
         latents, _ = self.model.apply(variables, batch["tokens"], batch["positions"], batch["segments"])
 
         def chunk(rows: tuple[Array, Array, Array]) -> Metrics:
             latents, labels, supervised = rows
-            return cross_entropy_sums(self.model.apply(variables, latents, method="logits"), labels, supervised)
+            return cross_entropy_sums(head(latents, table), labels, supervised)
 
         return sum_over_chunks(chunk, (latents, batch["labels"], batch["supervised"]), self.loss_chunk)

@@ -13,6 +13,7 @@ from mtp_jax.data.pipeline import Anchors, anchors_of
 from mtp_jax.errors import UserError
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.kernels import PLATFORMS, misfit
 from mtp_jax.model.weights import Params, Weight, abstract_params, build_tree, weight_table
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
@@ -21,8 +22,8 @@ from mtp_jax.training.next_token import NextToken
 from mtp_jax.training.optimizer import learning_rate, make_optimizer
 from mtp_jax.training.step import Objective, TrainState, make_train_step
 
-# Attention scores of mask rows that may exist at a time, over the batch, in bytes.
-_SCORE_BYTES = 256 << 20
+# What may be kept of mask rows for the backward pass, on each device; more blocks are computed in chunks.
+_KEPT_BYTES = 1 << 30
 
 
 class Program(NamedTuple):
@@ -49,9 +50,9 @@ def build_program(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> Progr
     objective: Objective
     anchors, frozen = None, None
     if config.objective == "next_token":
-        objective, table = NextToken(make_decoder(g, config), config.train.loss_chunk), weight_table(g)
+        objective, table = NextToken(make_decoder(g, config, mesh), config.train.loss_chunk), weight_table(g)
     else:
-        objective, anchors = multi_token_loss(config, g), anchors_of(config)
+        objective, anchors = multi_token_loss(config, g, mesh), anchors_of(config)
         table = adapter_table(g, objective.shape)
         # Frozen weights are kept as they are computed with: nothing is added to them that would need more.
         frozen = {"params": abstract_params(g, jnp.dtype(config.model.compute_dtype))}
@@ -61,7 +62,7 @@ def build_program(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> Progr
     placed = TrainState(sharding.replicated(mesh), weights, sharding.optimizer_sharding(mesh, tx, trained, weights))
     shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(tx.init, trained))
     step = jax.jit(
-        make_train_step(objective, tx, learning_rate(config.train), config.train.accumulation),
+        make_train_step(objective, tx, learning_rate(config.train), config.train.accumulation, weights),
         donate_argnums=0,
         out_shardings=(placed, sharding.replicated(mesh)),
     )
@@ -69,17 +70,30 @@ def build_program(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> Progr
     return Program(mesh, objective, table, anchors, abstract(shapes, placed), frozen, batch, tx, step)
 
 
-def make_decoder(g: Geometry, config: Config) -> Decoder:
-    """The model as the config wants it computed."""
-    return Decoder(g, jnp.dtype(config.model.compute_dtype), config.model.remat)
+def make_decoder(g: Geometry, config: Config, mesh: jax.sharding.Mesh) -> Decoder:
+    """The model as the config wants it computed.
+
+    Raises:
+        UserError: a kernel that this platform has not, or that does not take the config's sequences.
+    """
+    dtype, asked = jnp.dtype(config.model.compute_dtype), config.model.attention
+    platform = mesh.devices.flat[0].platform
+    kernel = "xla"
+    for name, platforms in PLATFORMS.items():
+        reason = misfit(name, config.train.sequence_length, g.H, dtype)
+        if platform not in platforms:
+            reason = f"is a kernel for {platforms[0]}, not for {platform}"
+        if asked == name and reason:
+            raise UserError(f"model.attention={name} {reason}; leave it at auto.")
+        if asked in ("auto", name) and not reason:
+            kernel = name
+    return Decoder(g, dtype, config.model.remat, attention=kernel)
 
 
-def multi_token_loss(config: Config, g: Geometry) -> MultiTokenLoss:
+def multi_token_loss(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> MultiTokenLoss:
     """The objective multi_token."""
     assert config.mtp is not None
     m, shape = config.mtp, adapter_shape(config)
-    rows = config.train.batch_size // config.train.accumulation
-    per_block = 4 * rows * g.N * shape.masks * config.train.sequence_length
     terms = LossTerms(
         target=m.target,
         base_weight=m.weights.base,
@@ -90,8 +104,22 @@ def multi_token_loss(config: Config, g: Geometry) -> MultiTokenLoss:
         decay=m.decay,
         kl_warmup_steps=m.kl_warmup_steps,
     )
-    chunk = max(1, _SCORE_BYTES // per_block)
-    return MultiTokenLoss(make_decoder(g, config), shape, terms, config.train.loss_chunk, chunk)
+    chunk = anchor_chunk(config, g, mesh)
+    return MultiTokenLoss(make_decoder(g, config, mesh), shape, terms, config.train.loss_chunk, anchor_chunk=chunk)
+
+
+def anchor_chunk(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> int | None:
+    """Blocks of a sequence that are computed at a time: the config's, or so many that what is kept of them fits."""
+    assert config.mtp is not None and config.lora is not None
+    G = anchors_of(config).count or config.train.sequence_length
+    if config.train.anchor_chunk is not None or not config.lora.gated:
+        return config.train.anchor_chunk
+    products = 3 * g.D + (g.N + 2 * g.K) * g.H + 3 * g.F
+    width = {"full": g.D, "dots": products, "none": 2 * products}[config.model.remat]  # kept of a row in a layer
+    sequences = -(-config.train.batch_size // config.train.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"]))
+    per_block = sequences * config.mtp.masks * width * g.L * jnp.dtype(config.model.compute_dtype).itemsize
+    chunks = -(-G // max(1, _KEPT_BYTES // per_block))
+    return None if chunks == 1 else -(-G // chunks)
 
 
 def adapter_shape(config: Config) -> AdapterShape:

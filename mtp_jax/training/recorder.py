@@ -58,13 +58,14 @@ class Recorder:
         self.progress.update(step, values["loss"])
         if step % self.config.logging.every == 0 or step == self.config.train.steps:
             self.line(step, values)
-            rows = batch["tokens"].size
+            # Of all processes; each knows its own sequences of the batch.
+            share = len(batch["tokens"]) / self.config.train.batch_size
             self.timing.write(
                 {
                     "step": step,
                     "seconds": round(seconds, 6),
-                    "rows_per_second": round(rows / seconds, 1),
-                    "tokens_per_second": round(int((batch["segments"] != 0).sum()) / seconds, 1),
+                    "rows_per_second": round(batch["tokens"].size / share / seconds, 1),
+                    "tokens_per_second": round(int((batch["segments"] != 0).sum()) / share / seconds, 1),
                     "input_wait_seconds": round(waited, 6),
                 }
             )

@@ -70,11 +70,8 @@ def train(config: Config) -> Path:
 
         def place(batch: Batch) -> dict[str, jax.Array]:
             arrays = {name: np.asarray(value) for name, value in batch.items() if name != "documents"}
-            if len(arrays["tokens"]) != len(rows):  # the whole batch, of which each process places its part
-                arrays = {name: array[rows] for name, array in arrays.items()}
-            shape = {name: (config.train.batch_size, *array.shape[1:]) for name, array in arrays.items()}
             return {
-                name: jax.make_array_from_process_local_data(spread, array, shape[name])
+                name: jax.make_array_from_process_local_data(spread, array, (config.train.batch_size, *array.shape[1:]))
                 for name, array in arrays.items()
             }
 
@@ -89,6 +86,7 @@ def train(config: Config) -> Path:
             config.seed,
             program.anchors,
             too_long=too_long,
+            rows=rows,
         )
 
         # ---- state
@@ -119,6 +117,7 @@ def train(config: Config) -> Path:
                 config.train.sequence_length,
                 config.evaluation.batches,
                 program.anchors,
+                rows=rows,
             )
             return {f"held_out_{name}": value for name, value in task.evaluate(state.trained, held).items()}
 

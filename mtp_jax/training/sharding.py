@@ -20,6 +20,7 @@ RULES = (
     ("rows", None),
     ("layers", None),
     ("embed", "fsdp"),
+    ("rank", "fsdp"),
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
@@ -27,20 +28,20 @@ RULES = (
 )
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-    """The mesh a config asks for.
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh a config asks for, of all devices that are there or of those given.
 
     Raises:
         UserError: sizes that do not multiply to the number of devices.
     """
-    sizes, devices = [config.data, config.fsdp, config.tensor], jax.device_count()
+    sizes, count = [config.data, config.fsdp, config.tensor], len(devices or jax.devices())
     if -1 in sizes:
         rest = -sizes[0] * sizes[1] * sizes[2]
-        sizes[sizes.index(-1)] = devices // rest
-    if sizes[0] * sizes[1] * sizes[2] != devices:
+        sizes[sizes.index(-1)] = count // rest
+    if sizes[0] * sizes[1] * sizes[2] != count:
         asked = f"data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}"
-        raise UserError(f"mesh: {asked} does not multiply to the {devices} devices here; change one, or set it to -1.")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+        raise UserError(f"mesh: {asked} does not multiply to the {count} devices here; change one, or set it to -1.")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 @contextlib.contextmanager

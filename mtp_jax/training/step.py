@@ -33,16 +33,23 @@ class Objective(Protocol):
 
 
 def make_train_step(
-    objective: Objective, tx: optax.GradientTransformation, schedule: optax.Schedule, accumulation: int
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    accumulation: int,
+    shardings: Any = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
-    """A step as a pure function (state, frozen, batch) -> (state, metrics)."""
+    """A step as a pure function (state, frozen, batch) -> (state, metrics); `shardings` are of what is trained."""
 
     def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
         totals = objective.totals(batch)
         gradient = jax.grad(objective.loss, has_aux=True)
 
         def share(part: Any) -> tuple[Any, Metrics]:
-            return gradient(state.trained, frozen, part, totals, state.step)
+            gradients, metrics = gradient(state.trained, frozen, part, totals, state.step)
+            if shardings is not None:  # or each device would hold the sums of all of them
+                gradients = jax.lax.with_sharding_constraint(gradients, shardings)
+            return gradients, metrics
 
         if accumulation == 1:
             gradients, metrics = share(batch)

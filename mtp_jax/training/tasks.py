@@ -90,7 +90,7 @@ class MultiTokenTask:
         self.frozen = {"params": load_base(base, program.mesh, config.seed, jnp.dtype(config.model.compute_dtype))}
         everywhere = replicated(program.mesh)  # every process reads all figures
         self.sums = jax.jit(self._sums, out_shardings=everywhere)
-        estimator = Estimator(self.objective.model, self.shape, self.objective.attention_chunk)
+        estimator = Estimator(self.objective.model, self.shape)
         self.accepted = jax.jit(estimator.accepted, out_shardings=everywhere)
         self.continuations: Continuations | None = None
 

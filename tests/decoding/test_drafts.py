@@ -240,7 +240,7 @@ def test_steps_are_those_of_the_estimate(small_folder, small, masks):
     scanned = dataclasses.replace(generator.model, scanned=True)
     frozen = {"params": load_params(small_folder, generator.g, jnp.float32)}
     with jax.default_matmul_precision("highest"):
-        accepted = Estimator(scanned, generator.shape, 100).accepted(adapter, frozen, of)
+        accepted = Estimator(scanned, generator.shape).accepted(adapter, frozen, of)
     generator.shortlist = None
     done = decoded(generator, quadratic(masks), prompts, NEW, 3)
     assert [d.token_ids for d in done] == texts

@@ -5,7 +5,7 @@ import numpy as np
 
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.mtp.adapter import AdapterShape
-from mtp_jax.mtp.blocks import choose_anchors, hash_positions
+from mtp_jax.mtp.blocks import blocks_of, choose_anchors, hash_positions
 
 T, M, V = 12, 3, 29
 SHAPE = AdapterShape(masks=M, rank=3, alpha=6.0, targets=("q", "k", "v", "o", "gate", "up", "down"), sampler="residual")
@@ -65,3 +65,10 @@ def run(f, *arguments):
     """Compile without optimising, which takes most of the time here, and call."""
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(f).lower(*arguments).compile(compiler_options=options)(*arguments)
+
+
+def latents_of(loss, adapter, frozen, batch):
+    """Latents of real rows and of mask rows."""
+    context, _ = loss.real(adapter, frozen, batch)
+    blocks = blocks_of(batch["anchors"], batch["positions"], batch["segments"])
+    return context.latents, loss.latents(adapter, frozen, context, blocks)

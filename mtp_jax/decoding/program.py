@@ -1,0 +1,70 @@
+"""One decoding step from a geometry alone: shapes and shardings, but no array; what `mtp_jax.preflight` compiles."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.decoding.generator import variables_of
+from mtp_jax.decoding.loop import PREFILL_CHUNK, DecodeState, Decoding, Limits
+from mtp_jax.decoding.plan import BlockPlan
+from mtp_jax.model.decoder import Decoder
+from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.weights import Params, build_tree, weight_table
+from mtp_jax.mtp.adapter import AdapterShape, abstract_adapter
+from mtp_jax.training import sharding
+
+
+def decoding_program(
+    g: Geometry,
+    shape: AdapterShape | None,
+    plan: BlockPlan,
+    slots: int,
+    batch: int,
+    dtype: jnp.dtype,
+    mesh: jax.sharding.Mesh,
+) -> tuple[Any, tuple[Any, ...]]:
+    """A jitted greedy step, its state donated, and shapes of its arguments; weights and cache spread over the mesh."""
+    whole = sharding.replicated(mesh)
+    decoding = Decoding(Decoder(g, dtype, scanned=False), plan, shape.sampler if shape else "none")
+    params = _params(g, dtype, mesh)
+    adapter = None if shape is None or not plan.block else abstract_adapter(g, shape)
+    variables = jax.eval_shape(lambda p, a: variables_of(g, p, a, shape, dtype, kernels=False), params, adapter)
+    variables = _placed({name: part for name, part in variables.items() if name != "params"}, whole)
+    variables["params"] = params
+
+    rows = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=whole)
+    limits = Limits(rows, jax.ShapeDtypeStruct((1,), jnp.int32, sharding=whole))
+    prompts = jax.ShapeDtypeStruct((batch, min(slots, PREFILL_CHUNK)), jnp.int32)
+    room = slots + plan.drafts + 1
+
+    def prefill(variables: Any, prompts: Any, lengths: Any, limits: Limits) -> DecodeState:
+        return decoding.prefill(variables, prompts, lengths, limits, room, dtype)
+
+    state = jax.eval_shape(prefill, variables, prompts, rows, limits)
+    cache = sharding.sharding_of(mesh, ("batch", "kv_heads", None, None), (batch, g.K, room, g.H))
+    placed = _placed(state._replace(cache=None), whole)._replace(cache=_placed(state.cache, cache))
+    step = jax.jit(
+        lambda variables, state, limits: decoding.step(variables, state, limits, None),
+        donate_argnums=1,
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, placed),
+    )
+    return step, (variables, placed, limits)
+
+
+def _params(g: Geometry, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> Params:
+    """Weights as decoding has them, a dict per layer."""
+    items: list[tuple[tuple[str, ...], Any]] = []
+    for weight in weight_table(g):
+        if weight.stacked:
+            shape = weight.shape[1:]
+            leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.sharding_of(mesh, weight.axes[1:], shape))
+            items += [((f"layer_{i}", *weight.path[1:]), leaf) for i in range(g.L)]
+        else:
+            placed = sharding.weight_sharding(mesh, weight)
+            items.append((weight.path, jax.ShapeDtypeStruct(weight.shape, dtype, sharding=placed)))
+    return build_tree(items)
+
+
+def _placed(tree: Any, where: jax.sharding.Sharding) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)

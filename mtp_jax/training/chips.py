@@ -1,0 +1,94 @@
+"""Accelerators that a program can be compiled for without having one, and what each can do."""
+
+import importlib.util
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from mtp_jax.errors import UserError
+
+# Share of the peak of arithmetic, of memory bandwidth and of links that expected times are reckoned with. A choice, not
+# a measurement.
+EFFICIENCY = 0.4
+
+
+class Chip(NamedTuple):
+    """What a kind of chip has; per second where it is a rate, from the vendor's data sheets."""
+
+    memory: int  # bytes
+    flops: float  # bfloat16
+    bandwidth: float  # bytes of memory
+    links: float  # bytes between chips, in one direction
+    axes: int  # of its topologies
+
+
+CHIPS = {
+    "v4": Chip(32 << 30, 275e12, 1.228e12, 300e9, 3),
+    "v5e": Chip(16 << 30, 197e12, 0.819e12, 200e9, 2),
+    "v5p": Chip(95 << 30, 459e12, 2.765e12, 600e9, 3),
+    "v6e": Chip(32 << 30, 918e12, 1.64e12, 400e9, 2),
+}
+
+
+def without_chip() -> None:
+    """Let JAX start on a machine that has libtpu and no TPU; call before JAX is first used.
+
+    What libtpu says while it looks for one is no news; two processes may compile at a time.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3"}
+    for name, value in {**quiet, "TPU_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+        os.environ.setdefault(name, value)
+
+
+def parse_topology(name: str) -> Chip:
+    """The chip of a topology such as v5e:4x4.
+
+    Raises:
+        UserError: another form, or a chip that is not known.
+    """
+    kind, _, sizes = name.partition(":")
+    chip = CHIPS.get(kind)
+    if chip is None:
+        raise UserError(f"--topology {name}: unknown chip {kind!r}; known are {', '.join(CHIPS)}, as in v5e:4x4.")
+    form = "x".join("2" * chip.axes)
+    if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (chip.axes - 1), sizes):
+        raise UserError(f"--topology {name}: {kind} has {chip.axes} axes; the form is {kind}:{form}.")
+    return chip
+
+
+def topology_devices(name: str) -> list[Any]:
+    """The devices of a topology, to compile for; none of them is there.
+
+    Raises:
+        UserError: the TPU compiler is not installed, or does not know the topology.
+    """
+    chip = parse_topology(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("--topology needs the TPU compiler, which is not installed: pip install 'mtp_jax[preflight]'.")
+    from jax.experimental import topologies
+
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)  # the library's search for a TPU of this machine
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        least = "2x2" if chip.axes == 2 else "2x2x1"
+        raise UserError(
+            f"--topology {name}: the TPU compiler does not have it ({reason}); the smallest is {least}."
+        ) from error
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def local_chip(device: Any) -> Chip | None:
+    """What is known of a device that is there; None for a CPU."""
+    kinds = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
+    if device.device_kind in kinds:
+        return CHIPS[kinds[device.device_kind]]
+    return None

@@ -1,0 +1,107 @@
+"""Preflight: what it prints, that it finds what does not fit, and bad input. No weights and no data are read."""
+
+import importlib.util
+import json
+
+import pytest
+
+from mtp_jax.training import fit
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+@pytest.fixture
+def planned(tree, llama_config, tmp_path):
+    """The config of a run whose model is nowhere, with the file that gives its geometry."""
+    geometry = tmp_path / "geometry.json"
+    geometry.write_text(json.dumps(llama_config))
+    return {
+        **tree,
+        "objective": "multi_token",
+        "model": {"path": "nobody/nothing", "geometry": str(geometry)},
+        "lora": {"rank": 4},
+        "mtp": {"masks": 2},
+        "train": {**tree["train"], "anchors": 6},
+        "data": {"sources": [{"kind": "dataset", "name": "nobody/nothing"}]},
+    }
+
+
+def test_it_fits_this_machine(planned, write_config, command):
+    ended = command("preflight", "--config", write_config(planned))
+    assert ended.code == 0, ended
+    for part in (
+        "training on this machine's cpu, 1 chip (data=1, fsdp=1, tensor=1): fits",
+        "TFLOP",
+        "receives",
+        "none",
+    ):
+        assert part in ended.out
+
+
+def test_what_does_not_fit_ends_with_1_and_says_what_would_need_less(planned, write_config, command, monkeypatch):
+    find = fit.place_of
+    monkeypatch.setattr(fit, "place_of", lambda *of: find(*of)._replace(memory=1000))
+    planned["train"]["batch_size"] = 4
+    ended = command("preflight", "--config", write_config(planned))
+    assert ended.code == 1 and "DOES NOT FIT" in ended.out
+    for key in ("model.remat=full", "train.accumulation=4", "train.anchor_chunk=3", "more chips"):
+        assert f"would need less:  {key}" in ended.out
+
+
+@needs_compiler
+def test_a_pod_is_compiled_for_without_having_one(planned, llama_config, write_config, command, tmp_path):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3, "vocab_size": 1024}
+    (tmp_path / "geometry.json").write_text(json.dumps(llama_config | sizes | {"max_position_embeddings": 256}))
+    planned["train"] |= {"batch_size": 4, "sequence_length": 128, "anchors": 16}
+    planned["model"] |= {"compute_dtype": "bfloat16", "remat": "full"}
+    planned["mesh"] = {"data": 1, "fsdp": -1}
+    ended = command("preflight", "--config", write_config(planned), "--topology", "v5e:2x2", "--json")
+    assert ended.code == 0, ended
+    (found,) = [json.loads(line) for line in ended.out.splitlines()]
+    assert (found["chips"], found["fits"], found["memory"]) == (4, True, 16 << 30)
+    base = 2 * (3 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512 + 2 * 256) + 2 * 1024 * 256 + 256)
+    adapter = base  # its float32 weights and moments are less than the base here
+    assert base / 4 < found["arguments"] < base / 4 + adapter
+    # Weights are gathered for real rows, for mask rows, and again in the backward pass.
+    assert 2 * base * 3 / 4 < found["moved"]["all-gather"] + found["moved"].get("collective-permute", 0) < 6 * base
+    assert found["largest_gather"] < base / 2  # never the stacked weights of all layers
+    assert not ended.err
+
+
+def test_weights_are_not_looked_for(planned, write_config, command, monkeypatch):
+    del planned["model"]["geometry"]
+    ended = command("preflight", "--config", write_config(planned))
+    assert ended.code == 2 and len(ended.errors) == 1 and "model.geometry=FILE" in ended.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--topology", "v9:2x2"], "unknown chip 'v9'"),
+        (["--topology", "v5e:2x2,"], "an empty name"),
+        (["--plan", "none"], "give --decode too"),
+        (["--decode", "--slots", "0"], "--slots 0: should be at least 1"),
+        (["--decode", "--plan", "auto"], "--plan auto measures"),
+        (["train.batch_size=0"], "train.batch_size should be greater than or equal to 1"),
+        (["mesh.fsdp=3"], "does not multiply to the 1 devices"),
+        (["train.sequence_length=65"], "longer than the model's context of 64"),
+        (["model.attention=splash"], "is a kernel for tpu, not for cpu"),
+    ],
+)
+def test_bad_input_is_one_line(planned, write_config, command, arguments, says):
+    ended = command("preflight", "--config", write_config(planned), *arguments)
+    assert ended.code == 2 and len(ended.errors) == 1 and says in ended.errors[0], ended
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--topology", "v5e:2x2", "train.batch_size=2", "mesh.data=4"], "do not divide over data x fsdp = 4 devices"),
+        (["--topology", "v5e:2x2", "mesh.data=3"], "does not multiply to the 4 devices"),
+        (["--topology", "v5e:777x3"], "the TPU compiler does not have it"),
+    ],
+)
+def test_bad_topologies_are_one_line(planned, write_config, command, arguments, says):
+    ended = command("preflight", "--config", write_config(planned), *arguments)
+    assert ended.code == 2 and len(ended.errors) == 1 and says in ended.errors[0], ended
