@@ -57,6 +57,8 @@ def main() -> None:
         }
         if given := [name for name, value in options.items() if value]:
             raise UserError(f"{', '.join(given)}: this run trained a whole model; leave it out.")
+    elif a.base == "reference" and source.name.startswith("bundled:"):
+        raise UserError(f"--base reference: transformers does not know {source.name}; give --base copy.")
     elif a.prompts:
         from mtp_jax.exporting.measure import measure
 

@@ -27,8 +27,8 @@ def model_card(source: Source, base: str, config: dict[str, Any] | None, repo: s
         f"# {known}, several tokens per step\n\n"
         f"An adapter for {_base_link(source, known)} that lets it emit several tokens per forward pass: {_REPOSITORY}. "
         "The base model stays as it is, drafts come from mask tokens that alone meet the adapter, and the base model "
-        "verifies them. So the output is the base model's own: token for token when greedy in float32, in distribution when "
-        "sampled.\n",
+        "verifies them. So the output is the base model's own: token for token when greedy in float32, in distribution "
+        "when sampled.\n",
         _use(source, base, here),
         _speed(config),
         _contents(source, base, config, peft),
@@ -83,9 +83,9 @@ def _use(source: Source, base: str, here: str) -> str:
     ]
     lines += ["```python", *code, "```\n"]
     lines += [
-        "`generate` takes `max_new_tokens`, `max_length`, `do_sample`, `temperature`, `top_k`, `top_p`, attention masks, "
-        "stop ids and streamers, and refuses what it does not implement. With `return_dict_in_generate=True` the "
-        "output also holds `steps` and `accepted`, how many steps emitted 0, 1, ... drafts. `plan` says how a step "
+        "`generate` takes `max_new_tokens`, `max_length`, `do_sample`, `temperature`, `top_k`, `top_p`, attention "
+        "masks, stop ids and streamers, and refuses what it does not implement. With `return_dict_in_generate=True` "
+        "the output also holds `steps` and `accepted`, how many steps emitted 0, 1, ... drafts. `plan` says how a step "
         'drafts: `"quadratic:M"` (M masks behind every verified row), `"linear:M"`, `"none"`. By default it is '
         "quadratic with as many rows as are cheap on the device.\n",
         "With mtp_jax, in JAX:\n",

@@ -11,8 +11,8 @@ from mtp_jax.model.weights import leaf_at, weight_table
 
 FOLDER = "peft"
 WARNING = (
-    "PEFT has no gate: it applies this LoRA to every token, where it was trained for mask tokens alone. A model with it "
-    "is NOT the base model, and merging it into the base damages the base. It is of use to inspect or convert the "
+    "PEFT has no gate: it applies this LoRA to every token, where it was trained for mask tokens alone. A model with "
+    "it is NOT the base model, and merging it into the base damages the base. It is of use to inspect or convert the "
     "matrices; for generation use the adapter one folder up."
 )
 
