@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -314,7 +315,7 @@ def test_a_base_that_has_moved_is_named(adapter, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / CONFIG).write_text(json.dumps(config))
     (tmp_path / "adapter" / TENSORS).write_bytes((adapter / TENSORS).read_bytes())
-    with pytest.raises(UserError, match="moved.* name its folder with --model"):
+    with pytest.raises(UserError, match=r"moved.* name its folder with --model"):
         find_source(None, str(tmp_path / "adapter"), None)
 
 
@@ -327,8 +328,8 @@ def test_fingerprints_of_both_bases_are_said(adapter, stories):
 @pytest.mark.slow
 def test_memory_is_bounded_by_a_shard(tmp_path):
     """2 GB of random weights, as they are and converted: at most 1.5 times the largest file above the floor."""
-    root = os.path.join(os.path.dirname(__file__), "..", "..", "benchmarks")
-    done = subprocess.run([sys.executable, os.path.join(root, "export_memory.py")], capture_output=True, text=True)
+    script = Path(__file__).parents[2] / "benchmarks" / "export_memory.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
