@@ -8,7 +8,7 @@
 Both decode the same prompts with the same weights and take turns, prompt by prompt: speeds are tokens per second of
 wall time, prefill included; the ratio is the median over rounds. --check instead compares, on 80 prompts of all files,
 tokens with those of transformers (a tie is where its two best logits are closer than 1e-4) and steps with those
-of our own decoder with the same plan; exit code 1 where tokens differ without such a reason, or steps by more than 0.1%.
+of our own decoder with the same plan; exit code 1 where tokens differ for no such reason, or steps by more than 0.1%.
 """
 
 import argparse

@@ -25,12 +25,12 @@ def tokenizer(folder):
 @pytest.fixture(scope="module")
 def plain(folder):
     """The base, loaded without trust: an ordinary model."""
-    return AutoModelForCausalLM.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def fast(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")
