@@ -16,7 +16,7 @@ from mtp_jax.mtp.adapter_folder import fingerprint, write_adapter
 CODE = Path(mtp_jax.exporting.__file__).parent / "custom_generate" / "generate.py"
 
 
-def noisy_adapter(base, out, masks=3, sampler="residual", targets=PROJECTIONS, scale=0.2, gated=True):
+def noisy_adapter(base, out, masks=3, sampler="residual", targets=PROJECTIONS, gated=True):
     """An adapter folder full of noise, norms around 1, for the base model of a folder."""
     from mtp_jax.model.weights import build_tree
 
@@ -28,7 +28,7 @@ def noisy_adapter(base, out, masks=3, sampler="residual", targets=PROJECTIONS, s
         if weight.path[-1] == "scale":
             noise = 1 + 0.3 * noise
         elif weight.path[-1] != "masks":
-            noise = scale * noise
+            noise *= 1.1 / weight.shape[-2] ** 0.5 if len(weight.shape) > 1 else 0.2
         items.append((weight.path, noise))
     tree = build_tree(items)
     pointer = {"name": str(base), "fingerprint": fingerprint(base)}

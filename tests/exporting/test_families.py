@@ -29,17 +29,22 @@ CASES = {
     "llama dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}},
     "llama yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 100.0}},
 }
+REAL = ("stories260k", "trio-17m")
 SHARDED = ("qwen2", "llama tied")
 V, M = 96, 3
 PROMPTS = [[5, 9, 33, 71, 2, 18, 44, 60, 21], [7, 80, 3, 12]]
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[*CASES, "stories260k", pytest.param("trio-17m", marks=pytest.mark.slow)])
 def made(request, models, tmp_path_factory):
     """A model, the folder it was saved in, a noisy adapter, and both exported."""
     folder = tmp_path_factory.mktemp("family")
-    model = models.make(request.param.split()[0], num_hidden_layers=2, **CASES[request.param])
-    model.save_pretrained(folder / "base", **({"max_shard_size": "20KB"} if request.param in SHARDED else {}))
+    if request.param in REAL:
+        (folder / "base").symlink_to(request.getfixturevalue("stories").parent / request.param)
+        model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    else:
+        model = models.make(request.param.split()[0], num_hidden_layers=2, **CASES[request.param])
+        model.save_pretrained(folder / "base", **({"max_shard_size": "20KB"} if request.param in SHARDED else {}))
     sampler = {"qwen2": "paper", "mistral": "none"}.get(request.param, "residual")
     targets = ("q", "v", "down") if request.param == "llama tied" else ("q", "k", "v", "o", "gate", "up", "down")
     shape, adapter = noisy_adapter(folder / "base", folder / "adapter", M, sampler, targets)
@@ -69,7 +74,7 @@ def test_draft_logits_are_those_of_jax(made):
     tokens, previous = np.array([PROMPTS[0]], np.int32), np.array([11])
 
     g = read_geometry(folder / "base")
-    params = load_params(folder / "base", g)
+    params = load_params(folder / "base", g, jnp.dtype("float32"))
     _, read = load_adapter(folder / "out", g, folder / "base")
     variables = decoding_variables(g, params, read, shape, jnp.dtype("float32"), kernels=False)
     decoding = Decoding(Decoder(g, scanned=False), quadratic(M), shape.sampler)
@@ -96,7 +101,7 @@ def test_draft_logits_are_those_of_jax(made):
         rows = code.Rows(model, theirs)
         anchors, offsets = torch.full((1, M), len(PROMPTS[0]) - 1), torch.arange(1, M + 1)
         layout = code.Layout(len(PROMPTS[0]), anchors, offsets, torch.zeros_like(offsets), "cpu")
-        _, block = rows(torch.tensor(tokens), layout, [0], code.Cache(2, 32))
+        _, block = rows(torch.tensor(tokens), layout, [0], code.Cache(g.L, 32))
         scores = chained = rows.logits(block)
         if shape.sampler != "none":
             embedding = rows.embed(torch.tensor(previous))[:, None]
