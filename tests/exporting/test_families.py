@@ -104,7 +104,7 @@ def test_draft_logits_are_those_of_jax(made):
         _, block = rows(torch.tensor(tokens), layout, [0], code.Cache(g.L, 32))
         scores = chained = rows.logits(block)
         if shape.sampler != "none":
-            embedding = rows.embed(torch.tensor(previous))[:, None]
+            embedding = rows.embedding(torch.tensor(previous))[:, None]
             chained = rows.logits(theirs.latent(embedding, block, theirs.read(block)))
     for a, b in zip(want, (scores, chained), strict=True):
         a = np.asarray(a)

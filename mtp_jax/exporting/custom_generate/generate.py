@@ -102,21 +102,22 @@ def generate(
         room = config.max_new_tokens
     else:  # max_length counts the padded prompt; transformers' default counts new tokens
         room = config.max_length if default_length else config.max_length - ids.shape[1]
+        room = min(room, model.config.max_position_embeddings - ids.shape[1]) if default_length else room
     if room < 1:
         raise ValueError(f"max_length leaves no room for a new token behind a prompt of {ids.shape[1]}.")
     found = _load_adapter(model, adapter)
     chosen = Plan.parse(plan, found.config["masks"], len(prompts), model.device.type)
     sampling = Sampling(config) if config.do_sample else None
-    stops = config.eos_token_id if config.eos_token_id is not None else []
-    stops = {int(stop) for stop in (stops if isinstance(stops, list | tuple) else torch.as_tensor(stops).view(-1))}
+    stops = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).view(-1).tolist()
     if streamer is not None:
         streamer.put(ids.cpu())
-    new, steps, accepted = Decoding(model, found, chosen, shortlist, sampling)(prompts, room, stops, streamer)
+    with torch.inference_mode():
+        new, steps, accepted = Decoding(model, found, chosen, shortlist, sampling)(prompts, room, set(stops), streamer)
     if streamer is not None:
         streamer.end()
 
     width = max(len(row) for row in new)
-    pad = config.pad_token_id if config.pad_token_id is not None else next(iter(sorted(stops)), 0)
+    pad = config.pad_token_id if config.pad_token_id is not None else next(iter(stops), 0)
     tail = torch.tensor([row + [int(pad)] * (width - len(row)) for row in new], dtype=ids.dtype, device=ids.device)
     sequences = torch.cat([ids, tail], dim=1)
     if not config.return_dict_in_generate:
@@ -130,7 +131,7 @@ def generate(
 
 def _refuse(config, **arguments):
     """One error for everything that was asked for and is not implemented."""
-    neutral = {**GenerationConfig().to_dict(), **config._get_default_generation_params()}
+    neutral = {**GenerationConfig().to_dict(), **getattr(config, "_get_default_generation_params", dict)()}
     values = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
     wrong = [
         f"{name}={value!r}"
@@ -180,12 +181,13 @@ class Adapter:
     def __init__(self, config, tensors, model):
         self.config = config
         dtype = model.dtype
-        on = lambda name, kind=None: tensors[name].to(model.device, kind or dtype)  # noqa: E731
-        self.masks = on("mtp.masks")
+        first, last = model.get_input_embeddings().weight.device, model.get_output_embeddings().weight.device
+        on = lambda name, kind=None: tensors[name].to(last, kind or dtype)  # noqa: E731
+        self.masks = tensors["mtp.masks"].to(first, dtype)
         scale = config["alpha"] / config["rank"]
         self.layers = []
-        for i in range(model.config.num_hidden_layers):
-            groups = []
+        for i, layer in enumerate(model.get_decoder().layers[: model.config.num_hidden_layers]):
+            device, groups = layer.self_attn.q_proj.weight.device, []
             for names in GROUPS:
                 a, spans, b, at = [], [], [], 0
                 for name in names:
@@ -194,12 +196,12 @@ class Adapter:
                         a.append(part)
                         spans.append(slice(at, at + part.shape[1]))
                         scaled = tensors[f"lora.layers.{name}.b"][i].float() * scale
-                        b.append(scaled.to(model.device, dtype))
+                        b.append(scaled.to(device, dtype))
                         at += part.shape[1]
                     else:
                         spans.append(None)
                         b.append(None)
-                groups.append((torch.cat(a, dim=1).to(model.device, dtype) if a else None, spans, b))
+                groups.append((torch.cat(a, dim=1).to(device, dtype) if a else None, spans, b))
             self.layers.append(groups)
         self.sampler = None
         if config["sampler"] != "none":
@@ -223,7 +225,7 @@ class Adapter:
     def latent(self, embedding, z, read):
         """What is unembedded: z corrected for the token chosen just before."""
         s = self.sampler
-        h = self._norm(F.silu(F.linear(embedding.to(z.dtype), s["token"]) + read), 0)
+        h = self._norm(F.silu(F.linear(embedding.to(z.device, z.dtype), s["token"]) + read), 0)
         h = self._norm(F.silu(F.linear(h, s["second"], s["biases"][1])), 1)
         return z + h if self.config["sampler"] == "residual" else h
 
@@ -342,9 +344,9 @@ class Layout:
         same = torch.cat([same.new_zeros(real, len(blocks)), same]).expand(len(anchors), -1, -1)
         self.own = torch.cat([seen, same], dim=2)
 
-    def visible(self, starts, window):
+    def visible(self, starts, end, window):
         """[b, rows, slots]: a row sees the slots before the call up to its reach, and rows of its own call."""
-        slots = torch.arange(int(starts.max()) + self.own.shape[1], device=starts.device)
+        slots = torch.arange(end, device=starts.device)
         relative = slots - starts[:, None]
         row = relative.clamp(0, self.own.shape[1] - 1)
         count = max(len(self.own), len(starts))
@@ -413,18 +415,19 @@ class Rows:
         """Latents [B, R, D] of real rows and [B, Q, D] of mask rows, of calls that begin at positions `starts`."""
         B, R = tokens.shape
         n = layout.positions.shape[1]
-        x = self.embed(tokens).flatten(0, 1)
+        x = self.embedding(tokens).flatten(0, 1)
         if n > R:
-            x = torch.cat([x, self.adapter.masks[layout.offsets - 1].repeat(B, 1)])
+            masks = self.adapter.masks[(layout.offsets - 1).to(x.device)]
+            x = torch.cat([x, masks.repeat(B, 1)])
         same = len(set(starts)) == 1
         begins = torch.tensor(starts, device=tokens.device)
         positions = self._flat((begins[:, None] + layout.positions)[..., None], R)[:, 0]
-        angles = positions[:, None].float() * self.frequencies.to(x.device, torch.float32)
+        angles = positions[:, None].float() * self.frequencies.to(tokens.device, torch.float32)
         angles = torch.cat([angles, angles], dim=-1)[:, None]
         cos, sin = (angles.cos() * self.rope_scale).to(x.dtype), (angles.sin() * self.rope_scale).to(x.dtype)
         masks = {}
         for window in set(self.windows):
-            seen = layout.visible(begins[:1] if same else begins, window)
+            seen = layout.visible(begins[:1] if same else begins, max(starts) + n, window)
             added = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, float("-inf"))
             masks[window] = added[:, None].repeat(1, 1, self.N // self.K, 1)
         real = B * R
@@ -432,7 +435,7 @@ class Rows:
             qkv, out, mlp_in, mlp_out = self.adapter.layers[i]
             part = layer.self_attn
             device = part.q_proj.weight.device
-            if x.device != device:  # a model spread over several
+            if cos.device != device or x.device != device:  # a model spread over several
                 x, cos, sin = x.to(device), cos.to(device), sin.to(device)
                 masks = {window: mask.to(device) for window, mask in masks.items()}
             h = layer.input_layernorm(x)
@@ -456,6 +459,10 @@ class Rows:
         x = self.inner.norm(x)
         return x[:real].view(B, R, x.shape[1]), x[real:].view(B, n - R, x.shape[1])
 
+    def embedding(self, tokens):
+        """Input embeddings, where the table lies."""
+        return self.embed(tokens.to(self.embed.weight.device))
+
     def logits(self, latents):
         """The base head, float32."""
         return self.head(latents).float()
@@ -476,10 +483,10 @@ def _project(linears, adapted, x, real):
     outputs = [linear(x) for linear in linears]
     a, spans, b = adapted
     if a is not None and len(x) > real:
-        inner = x[real:] @ a.to(x.device)
+        inner = x[real:] @ a
         for y, span, each in zip(outputs, spans, b, strict=True):
             if each is not None:
-                y[real:].addmm_(inner[:, span], each.to(x.device))
+                y[real:].addmm_(inner[:, span], each)
     return outputs
 
 
@@ -555,7 +562,7 @@ class Decoding:
 
     def __init__(self, model, adapter, plan, shortlist, sampling):
         self.rows, self.adapter, self.plan, self.sampling = Rows(model, adapter), adapter, plan, sampling
-        self.device = model.get_input_embeddings().weight.device
+        self.device = model.get_output_embeddings().weight.device
         self.shortlist = None if shortlist is None else min(shortlist, model.config.vocab_size)
         self.one_head = self.device.type != "cpu" or sum(plan.masks) + plan.floating <= HEAD_ROWS
         self.sizes = torch.tensor(plan.masks, device=self.device)
@@ -669,7 +676,7 @@ class Decoding:
             if sampled is None:
                 logits = scores[:, j]
             else:
-                z = self.adapter.latent(self.rows.embed(previous), latents[:, j], read[:, j])
+                z = self.adapter.latent(self.rows.embedding(previous), latents[:, j], read[:, j])
                 logits = self.rows.logits(z) if ids is None else (table[:, j] @ z[..., None])[..., 0].float()
             if self.sampling is None:
                 chosen = logits.argmax(dim=-1)
