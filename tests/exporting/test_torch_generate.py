@@ -172,6 +172,22 @@ def test_the_model_is_left_as_it_was_found_also_after_an_exception(code, folder,
     assert plain(ids).logits.requires_grad
 
 
+@pytest.mark.parametrize("behind_its_back", [False, True])
+def test_changed_weights_are_noticed(code, plain, batch, behind_its_back):
+    model = copy.deepcopy(plain)
+    code.generate(**batch, model=model, max_new_tokens=2)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            weight = layer.mlp.down_proj.weight
+            (weight.data if behind_its_back else weight).mul_(-1.0)
+    want = model.generate(**batch, max_new_tokens=12, do_sample=False)
+    assert torch.equal(code.generate(**batch, model=model, max_new_tokens=12), want)
+
+
+def test_without_a_copy_of_the_weights(fast, batch, greedy):
+    assert torch.equal(fast.generate(**batch, max_new_tokens=NEW, pack=False), greedy)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -37,7 +37,10 @@ SPARE_SLOTS = 256  # the cache grows in steps of at least this size
 SUPPORTED = {"max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "eos_token_id"}
 SUPPORTED |= {"pad_token_id", "bos_token_id", "decoder_start_token_id", "return_dict_in_generate"}
 INERT = {"use_cache", "cache_implementation", "transformers_version", "compile_config", "disable_compile"}
+# Bytes of weights up to which a float32 model on CPU gets a copy of them in a layout that is faster for few rows.
+PACKED_BYTES = 2 << 30
 _adapters = weakref.WeakKeyDictionary()  # of each model, so that it is read once
+_packed = weakref.WeakKeyDictionary()  # weights of each model in that layout
 
 
 @dataclass
@@ -68,6 +71,7 @@ def generate(
     adapter=None,
     plan=None,
     shortlist=256,
+    pack=True,
     **kwargs,
 ):
     """Continue token ids [B, T] as `model.generate` does; returns the same, prompt included.
@@ -76,6 +80,7 @@ def generate(
         adapter: folder or hub name of the adapter; that of the model by default.
         plan: how a step drafts and verifies.
         shortlist: how many candidates of a draft the sampler head chooses from; None for the whole vocabulary.
+        pack: on CPU in float32, keep a copy of the weights (up to 2 GiB) that is faster for few rows.
     Raises:
         ValueError: an argument that is not implemented here, and would otherwise be ignored.
     """
@@ -112,7 +117,8 @@ def generate(
     if streamer is not None:
         streamer.put(ids.cpu())
     with torch.inference_mode():
-        new, steps, accepted = Decoding(model, found, chosen, shortlist, sampling)(prompts, room, set(stops), streamer)
+        rows = Rows(model, found, pack)
+        new, steps, accepted = Decoding(rows, chosen, shortlist, sampling)(prompts, room, set(stops), streamer)
     if streamer is not None:
         streamer.end()
 
@@ -391,10 +397,11 @@ class Cache:
 class Rows:
     """The model's own modules, applied to real rows and mask rows together; only the latter meet the LoRA."""
 
-    def __init__(self, model, adapter):
-        self.adapter, config = adapter, model.config
+    def __init__(self, model, adapter, pack=False):
+        self.adapter, self.config, config = adapter, model.config, model.config
         self.inner = model.get_decoder()
         self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.projections, self.head_product = (_pack(model) if pack else None) or _products(model, Joined)
         self.layers = list(self.inner.layers)[: config.num_hidden_layers]
         self.N, self.K = config.num_attention_heads, config.num_key_value_heads
         window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
@@ -433,13 +440,14 @@ class Rows:
         real = B * R
         for i, layer in enumerate(self.layers):
             qkv, out, mlp_in, mlp_out = self.adapter.layers[i]
+            qkv_proj, o_proj, gate_up, down = self.projections[i]
             part = layer.self_attn
             device = part.q_proj.weight.device
             if cos.device != device or x.device != device:  # a model spread over several
                 x, cos, sin = x.to(device), cos.to(device), sin.to(device)
                 masks = {window: mask.to(device) for window, mask in masks.items()}
             h = layer.input_layernorm(x)
-            q, k, v = _project((part.q_proj, part.k_proj, part.v_proj), qkv, h, real)
+            q, k, v = _project(qkv_proj, qkv, h, real)
             q, k, v = q.view(len(q), self.N, -1), k.view(len(k), self.K, -1), v.view(len(v), self.K, -1)
             if hasattr(part, "q_norm"):
                 q, k = part.q_norm(q), part.k_norm(k)
@@ -450,11 +458,11 @@ class Rows:
             q = q.view(B, n, self.K, -1, q.shape[-1]).permute(0, 2, 3, 1, 4).flatten(2, 3)
             h = F.scaled_dot_product_attention(q, k, v, masks[self.windows[i]], scale=part.scaling)
             h = h.unflatten(2, (-1, n)).permute(0, 3, 1, 2, 4).reshape(B, n, -1)
-            (h,) = _project((part.o_proj,), out, self._flat(h, R), real)
+            (h,) = _project(o_proj, out, self._flat(h, R), real)
             x = x + h
             h = layer.post_attention_layernorm(x)
-            gate, up = _project((layer.mlp.gate_proj, layer.mlp.up_proj), mlp_in, h, real)
-            (h,) = _project((layer.mlp.down_proj,), mlp_out, layer.mlp.act_fn(gate) * up, real)
+            gate, up = _project(gate_up, mlp_in, h, real)
+            (h,) = _project(down, mlp_out, layer.mlp.act_fn(gate) * up, real)
             x = x + h
         x = self.inner.norm(x)
         return x[:real].view(B, R, x.shape[1]), x[real:].view(B, n - R, x.shape[1])
@@ -465,7 +473,7 @@ class Rows:
 
     def logits(self, latents):
         """The base head, float32."""
-        return self.head(latents).float()
+        return self.head_product(latents)[0].float()
 
     def _flat(self, x, R):
         """[B, n, ...] as rows: real rows of all sequences, then mask rows."""
@@ -478,9 +486,71 @@ class Rows:
         return torch.cat([x[: B * R].unflatten(0, (B, R)), x[B * R :].unflatten(0, (B, len(x) // B - R))], dim=1)
 
 
+class Joined:
+    """The model's linear layers that read one input, as they are."""
+
+    def __init__(self, linears):
+        self.linears = linears
+
+    def __call__(self, x):
+        return [linear(x) for linear in self.linears]
+
+
+class Packed:
+    """The same in a copy of their weights, laid out so that oneDNN reads them once for several rows."""
+
+    def __init__(self, linears):
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, CPU_ROWS)
+        self.widths = [linear.out_features for linear in linears]
+        biases = [torch.zeros(x.out_features) if x.bias is None else x.bias.detach() for x in linears]
+        self.bias = None if all(linear.bias is None for linear in linears) else torch.cat(biases)
+
+    def __call__(self, x):
+        y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return y.split(self.widths, dim=-1)
+
+
+def _linears(model):
+    """Linear layers by layer and group, and the head."""
+    layers = []
+    for layer in model.get_decoder().layers[: model.config.num_hidden_layers]:
+        owners = (layer.self_attn, layer.self_attn, layer.mlp, layer.mlp)
+        pairs = zip(owners, GROUPS, strict=True)
+        layers.append([[getattr(owner, f"{name}_proj") for name in names] for owner, names in pairs])
+    return layers, model.get_output_embeddings()
+
+
+def _products(model, kind):
+    layers, head = _linears(model)
+    return [[kind(linears) for linears in groups] for groups in layers], kind([head])
+
+
+def _pack(model):
+    """The products of a model in the faster layout; None where that does not apply."""
+    layers, head = _linears(model)
+    every = [linear for groups in layers for linears in groups for linear in linears] + [head]
+    plain = all(type(linear) is torch.nn.Linear and not linear._forward_hooks for linear in every)
+    if not plain or any(linear.weight.device.type != "cpu" or linear.weight.dtype != torch.float32 for linear in every):
+        return None
+    if not torch.backends.mkldnn.is_available() or sum(x.weight.nbytes for x in every) > PACKED_BYTES:
+        return None
+    # Weights may have been changed since: a version tells of changes in place, samples of those behind its back.
+    tensors = [x for linear in every for x in (linear.weight, linear.bias) if x is not None]
+    versions = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
+    samples = torch.cat([x.detach().flatten()[:: max(1, x.numel() // 64)] for x in tensors])
+    known = _packed.get(model)
+    if known is None or known[0] != versions or not torch.equal(known[1], samples):
+        try:
+            known = _packed[model] = (versions, samples, _products(model, Packed))
+        except (AttributeError, RuntimeError):  # a PyTorch without these operations
+            return None
+    return known[2]
+
+
 def _project(linears, adapted, x, real):
     """y = W x, and for the rows behind the first `real` ones + (alpha/R) B (A x)."""
-    outputs = [linear(x) for linear in linears]
+    outputs = linears(x)
     a, spans, b = adapted
     if a is not None and len(x) > real:
         inner = x[real:] @ a
@@ -560,10 +630,10 @@ def draw(probabilities):
 class Decoding:
     """Prefill, then steps that verify the drafts of the one before and draft anew."""
 
-    def __init__(self, model, adapter, plan, shortlist, sampling):
-        self.rows, self.adapter, self.plan, self.sampling = Rows(model, adapter), adapter, plan, sampling
-        self.device = model.get_output_embeddings().weight.device
-        self.shortlist = None if shortlist is None else min(shortlist, model.config.vocab_size)
+    def __init__(self, rows, plan, shortlist, sampling):
+        self.rows, self.adapter, self.plan, self.sampling = rows, rows.adapter, plan, sampling
+        self.device = rows.head.weight.device
+        self.shortlist = None if shortlist is None else min(shortlist, rows.config.vocab_size)
         self.one_head = self.device.type != "cpu" or sum(plan.masks) + plan.floating <= HEAD_ROWS
         self.sizes = torch.tensor(plan.masks, device=self.device)
         self.layout = None if plan.floating else self._step_layout(None)
