@@ -138,7 +138,8 @@ def generate(
 def _refuse(config, **arguments):
     """One error for everything that was asked for and is not implemented."""
     neutral = {**GenerationConfig().to_dict(), **getattr(config, "_get_default_generation_params", dict)()}
-    values = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
+    known = vars(GenerationConfig())  # a model's own entries are none of transformers'
+    values = {name: value for name, value in config.to_dict().items() if name in known and not name.startswith("_")}
     wrong = [
         f"{name}={value!r}"
         for name, value in values.items()
@@ -149,8 +150,8 @@ def _refuse(config, **arguments):
     wrong += [name for name, value in arguments.items() if not (value is None or value is False or value == [])]
     if wrong:
         raise ValueError(
-            f"multi-token generation does not implement {', '.join(wrong)}. Leave it out, or decode with "
-            "transformers' own generate: load the model without trust_remote_code."
+            f"multi-token generation does not implement {', '.join(wrong)}. Leave it out, give its neutral "
+            "value where the model's generation_config.json sets it, or load the model without trust_remote_code."
         )
 
 
