@@ -84,7 +84,7 @@ def test_import_without_metadata(tmp_path):
     assert run_in(tmp_path, tmp_path, "-S", "-c", "import mtp_jax; print(mtp_jax.__version__)") == "unknown\n"
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "export"])
 def test_help(command, unpacked, tmp_path):
     assert f"python -m mtp_jax.{command}" in run_in(tmp_path, unpacked, "-m", f"mtp_jax.{command}", "--help")
 

@@ -18,7 +18,7 @@ from mtp_jax.data.pipeline import Batch, anchors_of, training_batches
 from mtp_jax.data.streams import Documents, Stream
 from mtp_jax.data.tokenizer import train_tokenizer
 from mtp_jax.errors import UserError
-from mtp_jax.model.folder import find_folder, load_tokenizer, read_geometry
+from mtp_jax.model.folder import SETTINGS, find_folder, load_tokenizer, read_geometry
 from mtp_jax.model.geometry import Geometry
 
 _SAMPLE = 500  # documents of a source that are looked at, spread evenly over it
@@ -58,7 +58,7 @@ def preview_tokenizer(config: Config, training: list[Documents]) -> tuple[Any, s
         UserError: a folder or tokenizer that does not do.
     """
     if config.model.path is not None:
-        folder = find_folder(config.model.path, weights=False)
+        folder = find_folder(config.model.path, patterns=SETTINGS)
         return load_tokenizer(folder, read_geometry(folder)), config.model.path
     assert config.model.scratch is not None
     recipe = config.model.scratch.tokenizer

@@ -20,6 +20,9 @@ from mtp_jax.errors import UserError
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import EMBED_KEY, UNEMBED_KEY, Params, Weight, build_tree, weight_table
 
+# Files of a model on the hub that are of use: no code, no pickles.
+SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
+FILES = (*SETTINGS, "*.safetensors")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 _BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -45,11 +48,12 @@ def _bundled() -> Path:
     return Path(str(resources.files("mtp_jax"))) / "bundled"
 
 
-def find_folder(name: str, weights: bool = True) -> Path:
+def find_folder(name: str, revision: str | None = None, patterns: tuple[str, ...] = FILES) -> Path:
     """The folder of `bundled:NAME`, of a local path, or of a Hugging Face hub name (downloaded when not yet here).
 
-    Where no `weights` are wanted, they are not downloaded.
-
+    Args:
+        revision: of a hub name; the newest by default.
+        patterns: files of a hub name that are needed.
     Raises:
         UserError: nothing of that name, here or on the hub.
     """
@@ -70,8 +74,7 @@ def find_folder(name: str, weights: bool = True) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        wanted = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name}: no such folder here, and the Hugging Face hub did not give it: {reason}") from error

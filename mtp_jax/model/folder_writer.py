@@ -63,7 +63,7 @@ def write_folder(
     config["dtype"] = jnp.dtype(dtype).name
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     with whole_or_absent(out) as part:
-        _write_tensors(part, stored_form(params, g, dtype), shard_bytes)
+        write_tensors(part, stored_form(params, g, dtype), shard_bytes)
         _write_json(part / "config.json", config)
         _write_json(part / "generation_config.json", ids if generation is None else generation)
         tokenizer.save_pretrained(part)
@@ -75,15 +75,24 @@ def whole_or_absent(out: Path) -> Iterator[Path]:
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    yield part
-    for path in (path for path in part.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(out, ignore_errors=True)
+    try:
+        yield part
+        for path in (path for path in part.rglob("*") if path.is_file()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
     part.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+def write_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors to `model.safetensors`, or to several files and an index; one file's tensors are held at a time."""
     shards: list[list[str]] = []
     total, held, held_bytes = 0, {}, 0
 

@@ -48,15 +48,35 @@ def write_adapter(
     summary: dict[str, Any],
     dtype: jnp.dtype = jnp.float32,
 ) -> None:
-    """Write an adapter folder that is whole or absent; all processes that hold a part call this, the first one writes.
+    """Write an adapter folder that is whole or absent; the rest is as in `write_adapter_files`.
 
-    Args:
-        base: `name` and `fingerprint` of the base model.
-        summary: what is worth knowing about its training.
+    All processes that hold a part call this; the first one writes.
     """
-    tensors = {w.key: on_host(leaf_at(adapter, w.path)).astype(dtype) for w in adapter_table(g, shape)}
+    adapter = jax.tree.map(on_host, adapter)
     if jax.process_index() != 0:
         return
+    with whole_or_absent(out) as part:
+        write_adapter_files(part, g, shape, adapter, base, summary, dtype)
+
+
+def write_adapter_files(
+    folder: Path,
+    g: Geometry,
+    shape: AdapterShape,
+    adapter: Params,
+    base: dict[str, str],
+    summary: dict[str, Any],
+    dtype: jnp.dtype,
+    measured: dict[str, Any] | None = None,
+) -> None:
+    """Write an adapter's two files into a folder.
+
+    Args:
+        base: `name` and `fingerprint` of the base model; `revision` where the hub has it.
+        summary: what is worth knowing about its training.
+        measured: tokens per step by domain, and how they were measured.
+    """
+    tensors = {w.key: np.asarray(leaf_at(adapter, w.path)).astype(dtype) for w in adapter_table(g, shape)}
     config = {
         "format": FORMAT,
         "masks": shape.masks,
@@ -67,10 +87,10 @@ def write_adapter(
         "gated": shape.gated,
         "base": base,
         "training": summary,
+        **({} if measured is None else {"measured": measured}),
     }
-    with whole_or_absent(out) as part:
-        save_file(tensors, part / TENSORS, metadata={"format": "pt"})
-        (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def find_adapter(name: str) -> Path:
@@ -84,7 +104,7 @@ def find_adapter(name: str) -> Path:
     elif (local := Path(name).expanduser()).exists():
         folder = local
     else:
-        folder = find_folder(name)
+        folder = find_folder(name, patterns=(CONFIG, TENSORS))
     if (folder / "adapter" / CONFIG).is_file():  # a run's output folder
         folder = folder / "adapter"
     for file in (CONFIG, TENSORS):

@@ -21,8 +21,6 @@ from mtp_jax.training.chips import EFFICIENCY, Chip, local_chip, parse_topology,
 from mtp_jax.training.compiled import bytes_by_kind, collectives, flops
 from mtp_jax.training.program import Program, adapter_shape, build_program, check_divides
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
 
 class Place(NamedTuple):
     """Where a program would run."""
@@ -91,18 +89,13 @@ def find_geometry(config: Config) -> Geometry:
     if model.geometry is not None:
         return Geometry.from_config(read_json(Path(model.geometry).expanduser()), model.geometry)
     assert model.path is not None
-    if Path(model.path).expanduser().exists() or not _HUB_NAME.fullmatch(model.path):
-        file = find_folder(model.path) / "config.json"
-    else:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            file = Path(hf_hub_download(model.path, "config.json"))
-        except Exception as error:  # whatever the hub's library raises, the file could not be had
-            raise UserError(
-                f"model.path={model.path}: its config.json is neither here nor could it be had from the Hugging Face "
-                "hub; give the file with model.geometry=FILE (configs/geometries/ has some)."
-            ) from error
+    try:
+        file = find_folder(model.path, patterns=("config.json",)) / "config.json"
+    except UserError as error:
+        raise UserError(
+            f"model.path={model.path}: its config.json is neither here nor could it be had from the Hugging Face hub; "
+            "give the file with model.geometry=FILE (configs/geometries/ has some)."
+        ) from error
     return Geometry.from_config(read_json(file), str(file))
 
 

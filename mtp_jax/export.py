@@ -1,0 +1,75 @@
+"""`python -m mtp_jax.export (--run DIR | --adapter DIR) --out DIR`: a folder that runs in Hugging Face transformers."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mtp_jax.errors import UserError, run_command
+
+
+def main() -> None:
+    """Parse, check, write, upload."""
+    parser = argparse.ArgumentParser(prog="python -m mtp_jax.export", description=__doc__)
+    made = parser.add_mutually_exclusive_group(required=True)
+    made.add_argument("--run", metavar="DIR", help="a run's output folder: its finished adapter or model")
+    made.add_argument(
+        "--adapter", metavar="DIR", help="an adapter folder, an exported folder, bundled:NAME or a hub name"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    parser.add_argument("--model", help="the base model, where it is not where the adapter was trained with it")
+    parser.add_argument(
+        "--base",
+        choices=["copy", "reference"],
+        default="copy",
+        help="copy the base model's files, bit for bit, or only point to it by name and revision",
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of what was trained; as it is by default"
+    )
+    parser.add_argument("--peft", action="store_true", help="also write the LoRA in PEFT's format, which has no gate")
+    parser.add_argument(
+        "--prompts", nargs="+", metavar="FILE.jsonl", help="measure tokens per step for the card; a file is a domain"
+    )
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload it as org/name")
+    a = parser.parse_args()
+
+    import jax.numpy as jnp
+
+    from mtp_jax.exporting.folder import check_apart, check_target, write_export
+    from mtp_jax.exporting.hub import check_hub, upload
+    from mtp_jax.exporting.peft import WARNING
+    from mtp_jax.exporting.source import find_source
+
+    out = Path(a.out).expanduser()
+    check_target(out, a.overwrite)
+    if a.push_to_hub is not None:
+        check_hub(a.push_to_hub)
+    source = find_source(a.run, a.adapter, a.model)
+    check_apart(out, source)
+    measured = None
+    if source.adapter is None:
+        options = {
+            "--base reference": a.base == "reference",
+            "--peft": a.peft,
+            "--prompts": a.prompts,
+            "--model": a.model,
+        }
+        if given := [name for name, value in options.items() if value]:
+            raise UserError(f"{', '.join(given)}: this run trained a whole model; leave it out.")
+    elif a.base == "reference" and source.name.startswith("bundled:"):
+        raise UserError(f"--base reference: transformers does not know {source.name}; give --base copy.")
+    elif a.prompts:
+        from mtp_jax.exporting.measure import measure
+
+        measured = measure(source.folder, source.adapter.folder, a.prompts)
+    write_export(source, out, a.base, a.peft, a.dtype and jnp.dtype(a.dtype), measured, a.push_to_hub)
+    if a.peft:
+        print(f"warning: {WARNING}", file=sys.stderr)
+    print(f"exported: {out}")
+    if a.push_to_hub is not None:
+        print(f"uploaded: {upload(out, a.push_to_hub)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

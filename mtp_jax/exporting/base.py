@@ -1,0 +1,69 @@
+"""The base model's files in an exported folder: byte for byte, or in another dtype, a shard at a time."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mtp_jax.model.folder import INDEX, SINGLE, read_json, read_slice, stored_tensors
+from mtp_jax.model.folder_writer import write_tensors
+
+# What belongs to a model beside its weights. Its card is not among them: an export has one of its own.
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def copy_companions(folder: Path, out: Path) -> None:
+    """Copy config, generation config, tokenizer, chat templates and licence as they are."""
+    for pattern in _COMPANIONS:
+        for file in sorted(folder.glob(pattern)):
+            target = out / file.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def copy_weights(folder: Path, out: Path) -> None:
+    """Copy the files of a model's weights as they are, and their index; several files without one get one."""
+    stored = stored_tensors(folder)
+    files = sorted({tensor.file for tensor in stored.values()})
+    whole = len(files) == 1 and not (folder / INDEX).is_file()
+    for file in files:
+        shutil.copyfile(file, out / (SINGLE if whole else file.name))
+    if (folder / INDEX).is_file():
+        shutil.copyfile(folder / INDEX, out / INDEX)
+    elif not whole:
+        weight_map = {key: stored[key].file.name for key in sorted(stored)}
+        total = sum(tensor.dtype.itemsize * int(np.prod(tensor.shape)) for tensor in stored.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def convert_weights(folder: Path, out: Path, dtype: np.dtype) -> None:
+    """Write a model's weights in another dtype; `config.json` in `out` says so."""
+    stored = stored_tensors(folder)
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for key, tensor in stored.items():
+            yield key, read_slice(tensor, key, (slice(None),) * len(tensor.shape)).astype(dtype)
+
+    write_tensors(out, tensors())
+    config = {key: value for key, value in read_json(out / "config.json").items() if key != "torch_dtype"}
+    config["dtype"] = dtype.name
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

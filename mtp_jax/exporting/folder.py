@@ -1,0 +1,99 @@
+"""An exported folder: a Hugging Face model, the adapter beside it, and the code that makes use of it."""
+
+import json
+import shutil
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.errors import FULL_DISK, UserError
+from mtp_jax.exporting.base import convert_weights, copy_companions, copy_weights
+from mtp_jax.exporting.card import model_card
+from mtp_jax.exporting.peft import FOLDER as PEFT_FOLDER
+from mtp_jax.exporting.peft import write_peft
+from mtp_jax.exporting.source import Source, dtype_of_model
+from mtp_jax.model.folder_writer import whole_or_absent
+from mtp_jax.mtp.adapter_folder import CONFIG, write_adapter_files
+
+_CODE = "custom_generate"
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """Raise UserError where `out` is no folder that may be written."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder.")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise UserError(
+            f"--out {out}: exists and is not empty; name another folder, or give --overwrite to replace it."
+        )
+
+
+def check_apart(out: Path, source: Source) -> None:
+    """Raise UserError where writing `out` would replace what is read."""
+    read = [source.folder, *([source.adapter.folder] if source.adapter else [])]
+    for folder in read:
+        if out.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise UserError(f"--out {out}: holds {folder}, which the export is made from; name another folder.")
+
+
+def write_export(
+    source: Source,
+    out: Path,
+    base: str = "copy",
+    peft: bool = False,
+    dtype: np.dtype | None = None,
+    measured: dict[str, Any] | None = None,
+    repo: str | None = None,
+) -> None:
+    """Write the folder; it is whole or absent, and replaces an older one.
+
+    Args:
+        base: "copy" the base's files, or only make a "reference" to it.
+        peft: also write the LoRA alone in PEFT's format.
+        dtype: of the adapter, or of a whole model; as stored by default. A copied base is never changed.
+        measured: what `measure` gives; what the adapter's config holds by default.
+        repo: where it will be uploaded to.
+    """
+    try:
+        with whole_or_absent(out) as part:
+            _write(source, part, base, peft, dtype, measured, repo)
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or error}).") from error
+
+
+def _write(
+    source: Source,
+    part: Path,
+    base: str,
+    peft: bool,
+    dtype: np.dtype | None,
+    measured: dict[str, Any] | None,
+    repo: str | None,
+) -> None:
+    trained, config = source.adapter, None
+    if base == "copy":
+        copy_companions(source.folder, part)
+        if trained is not None or dtype is None or dtype == dtype_of_model(source):
+            copy_weights(source.folder, part)
+        else:
+            convert_weights(source.folder, part, dtype)
+    if trained is not None:
+        pointer = {"name": source.name, "fingerprint": trained.config["base"]["fingerprint"]}
+        if source.revision is not None:
+            pointer["revision"] = source.revision
+        kept, summary = dtype or trained.dtype, trained.config.get("training") or {}
+        figures = measured or trained.config.get("measured")
+        write_adapter_files(part, source.g, trained.shape, trained.arrays, pointer, summary, kept, figures)
+        code = resources.files("mtp_jax.exporting") / _CODE
+        (part / _CODE).mkdir()
+        for name in ("generate.py", "requirements.txt"):
+            with resources.as_file(code / name) as file:
+                shutil.copyfile(file, part / _CODE / name)
+        if peft:
+            write_peft(source, part / PEFT_FOLDER, kept)
+        config = json.loads((part / CONFIG).read_text(encoding="utf-8"))
+    (part / "README.md").write_text(model_card(source, base, config, repo, peft), encoding="utf-8")

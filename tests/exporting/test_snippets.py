@@ -1,0 +1,53 @@
+"""The Python that the README and a model card show runs as it stands."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from exported import export, noisy_adapter
+from transformers import AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def snippets(text):
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def run(code, folder):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HOME": str(folder / ".home")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{code}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return export("bundled:stdlib-5m", tmp_path_factory.mktemp("card") / "exported")
+
+
+def test_a_cards_snippets(folder):
+    parts = snippets((folder / "README.md").read_text())
+    assert len(parts) == 2 and "custom_generate" in parts[1]
+    ids = AutoTokenizer.from_pretrained(folder)("def main():").input_ids
+    outputs = {run(part, folder) for part in parts}
+    assert len(outputs) == 1 and outputs.pop().count("\n") > 3 and ids
+
+
+def test_a_referring_cards_snippet(small_folder, tmp_path):
+    noisy_adapter(small_folder, tmp_path / "adapter")
+    out = export(tmp_path / "adapter", tmp_path / "out", base="reference")
+    (part,) = snippets((out / "README.md").read_text())
+    assert f'from_pretrained("{small_folder}")' in part
+    assert "def main():" in run(part, out)
+
+
+def test_the_readmes_snippets(folder):
+    readme = (ROOT / "README.md").read_text()
+    parts = snippets(readme)
+    assert any("trust_remote_code" in part for part in parts) and any("Generator" in part for part in parts)
+    for part in parts:
+        run(part, folder.parent)
