@@ -128,7 +128,9 @@ exists() { EXISTING+=("$1" "$2"); } # something that costs money while it is the
 on_signal() { # exit code
   trap '' INT TERM HUP
   SIGNALLED=true
-  [[ -z $CHILD ]] || kill -TERM "$CHILD" 2>/dev/null || true
+  local child
+  # Bash starts them deaf to Ctrl-C.
+  for child in $(jobs -p); do kill -TERM "$child" 2>/dev/null || true; done
   exit "$1"
 }
 
