@@ -11,7 +11,23 @@ ROOT = Path(__file__).resolve().parents[2]
 FAKE = Path(__file__).with_name("fake.sh")
 CLOUDS = ("gcloud", "kubectl", "xpk", "ssh", "scp", "srun", "scontrol", "docker")
 TOOLS = (
-    *("bash", "env", "git", "sed", "grep", "sleep", "mktemp", "rm", "cat", "cut", "sort", "uniq", "tr", "date", "dirname"),
+    *(
+        "bash",
+        "env",
+        "git",
+        "sed",
+        "grep",
+        "sleep",
+        "mktemp",
+        "rm",
+        "cat",
+        "cut",
+        "sort",
+        "uniq",
+        "tr",
+        "date",
+        "dirname",
+    ),
     *("head", "tail", "hostname", "mkdir", "mv", "flock", "setsid", "nohup", "tar", "gzip", "uname", "cp", "chmod"),
 )
 GIT = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}

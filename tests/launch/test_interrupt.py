@@ -56,7 +56,9 @@ def test_ctrl_c_names_what_may_exist_and_how_to_delete_it(cloud, line, kind, aft
 
 def test_ctrl_c_before_anything_was_created_names_nothing(cloud):
     cloud.says("describe", "hang")
-    outcome = cloud.interrupt(*shlex.split(SLICE.format("create") + " --accelerator-type v5litepod-16"), after="describe")
+    outcome = cloud.interrupt(
+        *shlex.split(SLICE.format("create") + " --accelerator-type v5litepod-16"), after="describe"
+    )
     assert outcome.code == 130 and "deleted with" not in outcome.err
 
 

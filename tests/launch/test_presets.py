@@ -27,7 +27,9 @@ def compiles(preset, program, **more):
     # Only compilation: no chip is opened, which is what libtpu's lock would guard.
     environment |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **more}
     command = f'{f". {ENV} {preset} && " if preset else ""}exec "$0" -c "$1"'
-    return subprocess.run(["bash", "-c", command, sys.executable, program], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        ["bash", "-c", command, sys.executable, program], env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("preset", NAMES)
@@ -53,4 +55,7 @@ def test_a_preset_comes_behind_what_is_set_and_none_is_set_by_itself():
         "--a=1",
         "--xla_tpu_scoped_vmem_limit_kib=98304",
     ]
-    assert subprocess.run(["bash", ENV, "--list"], capture_output=True, text=True).stdout.count("checked on jax") == len(NAMES) + 1
+    assert (
+        subprocess.run(["bash", ENV, "--list"], capture_output=True, text=True).stdout.count("checked on jax")
+        == len(NAMES) + 1
+    )
