@@ -160,8 +160,9 @@ watch_run() {
     on_workers $((opt_grace + 60)) "$(worker stop "$opt_run" "$opt_grace")" || true
     restarts=$((restarts + 1))
     ((restarts <= opt_recreations)) || give_up "run $opt_run was restarted $restarts times; given up."
-    if (($(count ' code=143$') + done_ok + running == total)); then
-      start_over "run $opt_run was asked to end ($codes); resuming"
+    # 143: it was asked to end; 75: one of its processes has gone.
+    if (($(count ' code=143$') + $(count ' code=75$') + $(count ' state=lost') + done_ok + running == total)); then
+      start_over "run $opt_run was interrupted ($codes); resuming"
     else
       crashed "run $opt_run ended:$codes"
       start_workers || true

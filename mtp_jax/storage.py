@@ -1,7 +1,7 @@
 """Buckets (`gs://`) where a local path may stand: copies to read from, objects written whole, and exclusion.
 
-A bucket has no rename and no locks. An object appears whole or not at all, so whoever writes several writes last the one
-that says that they are all there; and an object that is created only where there is none (generation-match) is a lock.
+A bucket has no rename and no locks. An object appears whole or not at all, so whoever writes several writes last the
+one that says that they are all there. An object created only where there is none (generation-match) is a lock.
 """
 
 import glob
@@ -163,8 +163,8 @@ def _key(name: str) -> str:
 class BucketLock:
     """Within: a folder of a bucket is this process's and no other's.
 
-    The lock is an object that its holder renews. One that nobody renewed for a while belonged to a process that is gone:
-    whoever wants it watches it for that long, by its own clock alone, and takes it.
+    The lock is an object that its holder renews. One that nobody renewed for a while belonged to a process that has
+    gone: whoever wants it watches it for that long, by its own clock alone, and takes it.
     """
 
     def __init__(self, folder: str, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)):

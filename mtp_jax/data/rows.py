@@ -1,13 +1,13 @@
 """Examples that are rows of a dataset: of the Hugging Face hub, of a JSON file, or of a local folder."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mtp_jax.config import Source
 from mtp_jax.data.examples import Completion, Content, Conversation, Example, Text
 from mtp_jax.data.source_rules import FORMS, chosen_forms
 from mtp_jax.errors import UserError
+from mtp_jax.storage import local
 
 _JSON = (".jsonl", ".json")
 
@@ -70,7 +70,7 @@ def _load(source: Source, key: str) -> tuple[Any, str]:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     split = source.split or "train"
-    path = None if source.path is None else Path(source.path).expanduser()
+    path = None if source.path is None else local(source.path)
     if path is not None:
         key = f"{key}.path"
         if not path.exists():

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from mtp_jax.errors import UserError
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import EMBED_KEY, UNEMBED_KEY, Params, Weight, build_tree, weight_table
+from mtp_jax.storage import local
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
@@ -46,7 +47,7 @@ def _bundled() -> Path:
 
 
 def find_folder(name: str) -> Path:
-    """The folder of `bundled:NAME`, of a local path, or of a Hugging Face hub name (downloaded when not yet here).
+    """The folder of `bundled:NAME`, of a path (also `gs://`), or of a hub name (downloaded when not yet here).
 
     Raises:
         UserError: nothing of that name, here or on the hub.
@@ -56,7 +57,7 @@ def find_folder(name: str) -> Path:
         if not (folder / "config.json").is_file():
             raise UserError(f"there is no bundled model {name!r}; there is {', '.join(bundled_models()) or 'none'}.")
         return folder
-    if (folder := Path(name).expanduser()).exists():
+    if (folder := local(name)).exists():
         if not folder.is_dir():
             raise UserError(f"{name}: a model is a folder with config.json and safetensors, and this is a file.")
         if not (folder / "config.json").is_file():

@@ -23,6 +23,7 @@ from mtp_jax.model.folder import (
 )
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, init_params, weight_table
+from mtp_jax.storage import local
 from mtp_jax.training.sharding import table_sharding, weight_sharding
 
 
@@ -55,7 +56,7 @@ def check_base(config: Config) -> Any | None:
         recipe, tokenizer = config.model.scratch.tokenizer, None
         g = Geometry.from_config(config.model.scratch.config, "model.scratch.config")
         if isinstance(recipe, str):
-            tokenizer = load_tokenizer(Path(recipe).expanduser(), g)
+            tokenizer = load_tokenizer(local(recipe), g)
         elif recipe.vocabulary > g.V:
             raise UserError(
                 f"model.scratch.tokenizer.vocabulary={recipe.vocabulary} is more than "
@@ -88,7 +89,7 @@ def find_base(config: Config, training: list[list[Example]], run_dir: Path) -> B
             texts = (document.text() for source in training for document in source)
             save_tokenizer(train_tokenizer(texts, scratch.tokenizer.vocabulary), tokens)
     else:
-        tokens = Path(scratch.tokenizer).expanduser()
+        tokens = local(scratch.tokenizer)
     return Base(g, scratch.config, load_tokenizer(tokens, g), None)
 
 

@@ -75,7 +75,7 @@ def test_a_verb_calls_what_its_golden_lines_say(cloud, line):
         shown.append(
             re.sub(r"\b[0-9a-f]{40}\b|(?<=:)[0-9a-f]{12}\b", "COMMIT", re.sub(r"/\S*/tmp\.\w+", "SCRATCH", text))
         )
-    if line.startswith("gpu.sh") or line.startswith("gce_tpu.sh"):
+    if line.startswith(("gpu.sh", "gce_tpu.sh")):
         shown.sort()  # machines are asked at the same time
     assert "not-for-command-lines" not in str(outcome.calls)
     if os.environ.get("MTP_JAX_GOLDEN") == "write":
