@@ -1,4 +1,4 @@
-"""A PATH on which every cloud is a fake, and a clean, pushed repository with the launch scripts: nothing real is reached."""
+"""A PATH on which every cloud is a fake, and a clean, pushed repository: nothing real is reached."""
 
 import os
 import shutil

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 chips = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x2").devices
 split = NamedSharding(Mesh(np.array(chips), ("fsdp",)), P("fsdp"))
 x = jax.ShapeDtypeStruct((64, 256), jnp.float32, sharding=split)
-jax.jit(lambda x, w: jnp.tanh(x @ w).sum()).lower(x, jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=split)).compile()
+w = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=split)
+jax.jit(lambda x, w: jnp.tanh(x @ w).sum()).lower(x, w).compile()
 """
 CPU = "import jax; jax.jit(lambda x: x + 1)(1)"  # XLA_FLAGS of all platforms are parsed by each of them
 NAMES = [line.split("|")[0] for line in ENV.read_text().splitlines() if line.count("|") == 4 and "INIT_ARGS|" in line]

@@ -1,6 +1,6 @@
 """Every verb asks the clouds for exactly what golden.txt says, and bad input gives one line that says what to run.
 
-`python -m pytest tests/launch/test_verbs.py` compares; with MTP_JAX_GOLDEN=write it writes the file anew, to be read in the diff.
+`python -m pytest tests/launch/test_verbs.py` compares; MTP_JAX_GOLDEN=write writes the file anew, to be read as a diff.
 """
 
 import os
