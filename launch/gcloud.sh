@@ -47,7 +47,7 @@ explain() { # its stderr: one line that says what to run
 check_bucket() { # folder: whether a bucket can be read and written, before anything costs money
   [[ $1 == gs://* ]] || return 0
   call 60 gcloud storage buckets describe "$(bucket_of "$1")" --format="value(name)" ||
-    die "the bucket of $1 cannot be used by this account ($(explain "$ERR")); make one with: gcloud storage buckets create $(bucket_of "$1") --location=$REGION --project=$PROJECT"
+    die "the bucket of $1 cannot be used by this account ($(explain "$ERR")); for a new one run: gcloud storage buckets create $(bucket_of "$1") --location=$REGION --project=$PROJECT"
 }
 
 bucket_of() { local rest=${1#gs://}; echo "gs://${rest%%/*}"; }

@@ -6,7 +6,7 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 TICK=${MTP_JAX_TICK:-0.2} # seconds between looks at a call that is under way
 opt_dry_run=false opt_help=false
-ARGS=() OUT='' ERR='' CHILD='' SCRATCH='' SIGNALLED=false CREATING=false
+ARGS=() OUT='' ERR='' CHILD='' CATCH='' SCRATCH='' SIGNALLED=false CREATING=false
 EXISTING=() # by turns: what there is, and the command that deletes it
 
 say() { printf '%s\n' "$*" >&2; }
@@ -81,7 +81,12 @@ scratch() { [[ -n $SCRATCH ]] || SCRATCH=$(mktemp -d); }
 limited() { # seconds command...
   local seconds=$1 started=$SECONDS status=0
   shift
-  "$@" </dev/null &
+  # Only the command's own output is caught: what a trap has to say while it runs is for the user.
+  if [[ -n $CATCH ]]; then
+    "$@" </dev/null >"$CATCH/out" 2>"$CATCH/err" &
+  else
+    "$@" </dev/null &
+  fi
   CHILD=$!
   while kill -0 "$CHILD" 2>/dev/null; do
     if ((SECONDS - started > seconds)); then
@@ -117,7 +122,9 @@ call() { # seconds command...
     return 0
   fi
   scratch
-  limited "$@" >"$SCRATCH/out" 2>"$SCRATCH/err" || status=$?
+  CATCH=$SCRATCH
+  limited "$@" || status=$?
+  CATCH=''
   OUT=$(<"$SCRATCH/out") ERR=$(<"$SCRATCH/err")
   ((status != 124)) || ERR="no answer within $1 seconds: $(quoted "${@:2}")"
   return "$status"

@@ -128,7 +128,7 @@ BAD = [
     (TRAIN + " output_dir=x", "", 2, "--store and --run together"),
     (TRAIN + " --preset fast", "", 2, "there is no preset fast; see: launch/env.sh --list"),
     (TRAIN, "tpu:READY bucket:permission", 2, "bucket of gs://b/f cannot be used"),
-    (TRAIN, "tpu:READY bucket:absent-resource", 2, "run: gcloud storage buckets create gs://b"),
+    (TRAIN, "tpu:READY bucket:absent-resource", 2, "for a new one run: gcloud storage buckets create gs://b"),
     (TRAIN, "tpu:PREEMPTED", 1, "is not ready (state PREEMPTED"),
     ("gpu.sh train --hosts -oProxyCommand=x " + RUN, "", 2, "should be names like me@host1"),
     (f"gce_tpu.sh create --name n --accelerator-type v2-8 {PLACE}", "", 2, "see launch/tpu_vm.sh"),
