@@ -11,9 +11,9 @@
 # preset | variable | checked on | flags | what for
 _mtp_jax_presets() {
   cat <<'TABLE'
-tpu-overlap|LIBTPU_INIT_ARGS|jax 0.10.2, libtpu 0.0.52|--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true --xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true|fsdp over many chips: gather weights while computing
-tpu-multislice|LIBTPU_INIT_ARGS|jax 0.10.2, libtpu 0.0.52|--xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true|several slices: reduce gradients over the data center network while computing
-tpu-vmem-96m|LIBTPU_INIT_ARGS|jax 0.10.2, libtpu 0.0.52|--xla_tpu_scoped_vmem_limit_kib=98304|v6e: larger fusions in its larger vector memory
+tpu-v5e-overlap|LIBTPU_INIT_ARGS|jax 0.10.2, libtpu 0.0.52, v5e:2x2|--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true --xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true|v5e alone: gather weights while computing (the compiler refuses these flags for v6e)
+tpu-multislice|LIBTPU_INIT_ARGS|jax 0.10.2, libtpu 0.0.52, v5e:2x2 v5p:2x2x1 v6e:2x2|--xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true|several slices: reduce gradients over the data center network while computing
+tpu-v6e-vmem-96m|LIBTPU_INIT_ARGS|jax 0.10.2, libtpu 0.0.52, v6e:2x2|--xla_tpu_scoped_vmem_limit_kib=98304|v6e alone: larger fusions in its larger vector memory
 gpu-overlap|XLA_FLAGS|jax 0.10.2|--xla_gpu_enable_latency_hiding_scheduler=true|several GPUs: hide communication behind computation
 TABLE
 }
@@ -22,7 +22,7 @@ _mtp_jax_preset() { # name, whether to print instead
   local name variable checked flags purpose
   while IFS='|' read -r name variable checked flags purpose; do
     if [[ $1 == --list ]]; then
-      printf '%-16s %s\n%17schecked on %s\n%17s%s\n' "$name" "$purpose" '' "$checked" '' "$variable=$flags"
+      printf '%-18s %s\n%19schecked on %s\n%19s%s\n' "$name" "$purpose" '' "$checked" '' "$variable=$flags"
     elif [[ $1 == "$name" ]]; then
       if [[ ${2:-} == print ]]; then
         printf "export %s='%s'\n" "$variable" "$flags"

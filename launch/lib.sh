@@ -66,9 +66,14 @@ check_whole() { # option value: a number of seconds or of times
 
 # Words as one line that a shell reads back.
 quoted() {
-  local word line='' plain='^[A-Za-z0-9_./:=,@%+~-]+$'
+  local word line='' option plain='^[A-Za-z0-9_./:=,@%+~-]+$'
   for word; do
-    [[ $word =~ $plain ]] || word="'${word//\'/\'\\\'\'}'"
+    if [[ ! $word =~ $plain ]]; then
+      option=''
+      if [[ $word =~ ^--[a-z-]+= ]]; then option=${BASH_REMATCH[0]}; fi
+      word=${word#"$option"}
+      word="$option'${word//\'/\'\\\'\'}'"
+    fi
     line+="${line:+ }$word"
   done
   printf '%s' "$line"

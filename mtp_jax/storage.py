@@ -46,11 +46,13 @@ def filesystem() -> Any:
     """
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError("paths in buckets (gs://) need a package: pip install 'mtp_jax[gcs]'.")
-    import gcsfs
+    # Not the class that the package names first: it asks about buckets by gRPC, which needs further permissions and no
+    # server of one's own speaks.
+    from gcsfs.core import GCSFileSystem
 
     # Other processes write too, so nothing that was listed may be remembered.
     anonymous = {"token": "anon"} if os.environ.get("STORAGE_EMULATOR_HOST") else {}
-    return gcsfs.GCSFileSystem(use_listings_cache=False, **anonymous)
+    return GCSFileSystem(use_listings_cache=False, **anonymous)
 
 
 def _asked(name: str, ask: Callable[[], T]) -> T:

@@ -61,6 +61,7 @@ class Server:
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "nobody",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "NO_PROXY": "127.0.0.1",
         }
 

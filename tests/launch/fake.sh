@@ -2,11 +2,9 @@
 # Stands in for gcloud, kubectl, xpk, ssh, scp, srun, scontrol and docker. Records its words in $FAKE/calls, and does what
 # the next line of $FAKE/next.KIND says, or else what a cloud in a good mood does.
 name=${0##*/}
-{
-  printf '%s' "$name"
-  printf '\t%s' "$@"
-  echo
-} >>"$FAKE/calls"
+# One write, because several may come at the same time.
+printf -v record '\t%s' "$@"
+printf '%s\n' "$name$record" >>"$FAKE/calls"
 
 case "$name $*" in
   *'tpu-vm create'*) kind=create ;;

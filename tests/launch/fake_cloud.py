@@ -19,6 +19,7 @@ TOOLS = (
         "grep",
         "sleep",
         "mktemp",
+        "true",
         "rm",
         "cat",
         "cut",

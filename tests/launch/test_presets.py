@@ -9,17 +9,19 @@ import pytest
 
 ENV = Path(__file__).resolve().parents[2] / "launch/env.sh"
 TPU = """
+import os
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-chips = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x2").devices
+chips = topologies.get_topology_desc(platform="tpu", topology_name=os.environ["TOPOLOGY"]).devices
 split = NamedSharding(Mesh(np.array(chips), ("fsdp",)), P("fsdp"))
 x = jax.ShapeDtypeStruct((64, 256), jnp.float32, sharding=split)
 w = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=split)
 jax.jit(lambda x, w: jnp.tanh(x @ w).sum()).lower(x, w).compile()
 """
 CPU = "import jax; jax.jit(lambda x: x + 1)(1)"  # XLA_FLAGS of all platforms are parsed by each of them
-NAMES = [line.split("|")[0] for line in ENV.read_text().splitlines() if line.count("|") == 4 and "INIT_ARGS|" in line]
+ROWS = [line.split("|") for line in ENV.read_text().splitlines() if line.count("|") == 4 and "INIT_ARGS|" in line]
+CHECKED = [(row[0], topology) for row in ROWS for topology in row[2].rsplit(", ", 1)[1].split()]
 
 
 def compiles(preset, program, **more):
@@ -33,16 +35,19 @@ def compiles(preset, program, **more):
     )
 
 
-@pytest.mark.parametrize("preset", NAMES)
-def test_the_tpu_compiler_takes_the_preset(preset):
+@pytest.mark.parametrize(("preset", "topology"), CHECKED)
+def test_the_tpu_compiler_takes_the_preset_where_it_says_so(preset, topology):
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install '.[tpu]'")
-    ended = compiles(preset, TPU)
+    ended = compiles(preset, TPU, TOPOLOGY=topology)
     assert ended.returncode == 0, ended.stderr
 
 
 def test_the_tpu_compiler_refuses_a_flag_that_does_not_exist():
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install '.[tpu]'")
-    assert "Unknown command line flag" in compiles(None, TPU, LIBTPU_INIT_ARGS="--xla_tpu_no_such_flag=true").stderr
+    assert (
+        "Unknown command line flag"
+        in compiles(None, TPU, TOPOLOGY="v6e:2x2", LIBTPU_INIT_ARGS="--xla_tpu_no_such_flag=1").stderr
+    )
 
 
 def test_xla_takes_the_preset_for_gpus():
@@ -52,11 +57,11 @@ def test_xla_takes_the_preset_for_gpus():
 
 def test_a_preset_comes_behind_what_is_set_and_none_is_set_by_itself():
     show = 'import os; print(os.environ.get("LIBTPU_INIT_ARGS"))'
-    assert compiles("tpu-vmem-96m", show, LIBTPU_INIT_ARGS="--a=1").stdout.split() == [
+    assert compiles("tpu-v6e-vmem-96m", show, LIBTPU_INIT_ARGS="--a=1").stdout.split() == [
         "--a=1",
         "--xla_tpu_scoped_vmem_limit_kib=98304",
     ]
     assert (
         subprocess.run(["bash", ENV, "--list"], capture_output=True, text=True).stdout.count("checked on jax")
-        == len(NAMES) + 1
+        == len(ROWS) + 1
     )

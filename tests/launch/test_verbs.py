@@ -6,10 +6,11 @@
 import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
-from fake_cloud import Cloud, git, make_repository
+from fake_cloud import ROOT, Cloud, git, make_repository
 
 GOLDEN = Path(__file__).with_name("golden.txt")
 PLACE = "--zone us-central1-a --project p"
@@ -21,7 +22,7 @@ VERBS = [
     f"tpu_vm.sh create --name n --accelerator-type v6e-8 {PLACE} --spot --queued --config configs/quickstart.yaml a=1",
     f"tpu_vm.sh setup --name n {PLACE}",
     f"tpu_vm.sh setup --name n {PLACE} --upload --secrets secrets",
-    f"tpu_vm.sh train --name n {PLACE} {RUN} --preset tpu-overlap train.steps=5 model.path='a b'",
+    f"tpu_vm.sh train --name n {PLACE} {RUN} --preset tpu-v5e-overlap train.steps=5 model.path='a b'",
     f"tpu_vm.sh logs --name n {PLACE} --run r --lines 7",
     f"tpu_vm.sh status --name n {PLACE} --run r",
     "tpu_vm.sh fetch --run r --store gs://b/f --to results",
@@ -191,6 +192,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_created_unless_forced(t
     (cloud.folder / "tpu").unlink()
     (cloud.folder / "fits").write_text("1")
     assert cloud.run(*line, "--force", PYTHON=str(python)).code == 0
+
+
+def test_printed_words_are_read_back_as_they_were():
+    words = ["a", "x y", "it's", "--b=x y", "--c=it's", "--d=1", "", "$HOME", "a'b'--e=f g"]
+    program = '. "$1/launch/lib.sh"; shift; quoted "$@"'
+    said = subprocess.run(["bash", "-c", program, "-", str(ROOT), *words], capture_output=True, text=True).stdout
+    assert shlex.split(said) == words
 
 
 def test_a_call_that_hangs_is_ended(cloud):

@@ -84,6 +84,6 @@ def test_a_preset_and_secrets_reach_the_run(worker):
     )
     (worker.home / ".config/mtp_jax").mkdir(parents=True)
     (worker.home / ".config/mtp_jax/secrets").write_text("HF_TOKEN=secret\n")
-    worker.run("worker.sh", "train", "r", "tpu-vmem-96m")
+    worker.run("worker.sh", "train", "r", "tpu-v6e-vmem-96m")
     assert reached(worker, "state=exited code=0")
     assert (worker.home / "seen").read_text() == "--xla_tpu_scoped_vmem_limit_kib=98304 secret\n"
