@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mtp_jax.data.source_rules import source_faults
 from mtp_jax.errors import UserError
 from mtp_jax.model.weights import PROJECTIONS
+from mtp_jax.storage import local
 
 
 class _Section(BaseModel):
@@ -206,7 +206,7 @@ def load_config(file: str, overrides: list[str]) -> Config:
 
 def _read(file: str) -> str:
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return local(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: the config cannot be read ({getattr(error, 'strerror', None) or error}).") from error
 

@@ -294,3 +294,19 @@ def jsonl(tmp_path, monkeypatch):
         return Source(kind="dataset", path=str(tmp_path / name), **keys)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def pushed_repository(tmp_path_factory):
+    """A clean, pushed repository with the launch scripts; not to be changed."""
+    from fake_cloud import make_repository
+
+    return make_repository(tmp_path_factory.mktemp("pushed"))
+
+
+@pytest.fixture
+def cloud(tmp_path, pushed_repository):
+    """Runs launch scripts where gcloud and its like are fakes."""
+    from fake_cloud import Cloud
+
+    return Cloud(tmp_path, pushed_repository)

@@ -5,7 +5,6 @@ Drafts are judged by what the base model writes next, and in its own text every 
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from mtp_jax.data.encoding import Encoder
 from mtp_jax.data.examples import Completion, Content, Example, Examples
 from mtp_jax.data.streams import Documents, Stream
 from mtp_jax.errors import UserError
+from mtp_jax.storage import local
 
 _FRUITLESS = 1000  # documents in a row that give no prompt, before giving up
 
@@ -114,7 +114,7 @@ def read_continuations(wanted: Continuations) -> Examples:
     """
     from datasets import load_dataset
 
-    path = Path(wanted.path).expanduser()
+    path = local(wanted.path)
     if not path.is_file():
         raise UserError(
             f"data.continuations.path: {wanted.path}: no such file; `python -m mtp_jax.regenerate --config` with this "

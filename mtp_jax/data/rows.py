@@ -12,6 +12,7 @@ from mtp_jax.data.examples import Completion, Content, Conversation, Example, Ex
 from mtp_jax.data.source_rules import FORMATS, FORMS, chosen_forms
 from mtp_jax.data.streams import Stream
 from mtp_jax.errors import UserError
+from mtp_jax.storage import local
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,7 @@ def _load(source: Source, key: str) -> tuple[Any, str]:
         if source.path is None:
             data, name = load_dataset(source.name, split=split, streaming=streaming), str(source.name)
         else:
-            path = Path(source.path).expanduser()
+            path = local(source.path)
             name = path.resolve().name
             if files := data_files(source.path, f"{key}.path"):
                 kind = FORMATS[files[0].suffix]
@@ -128,7 +129,7 @@ def data_files(given: str, key: str) -> list[Path]:
     Raises:
         UserError: nothing there, or a format that is not one of FORMATS.
     """
-    path = Path(given).expanduser()
+    path = local(given)
     if path.is_dir():
         return []
     files = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
@@ -152,7 +153,7 @@ def _cannot_be_loaded(source: Source, key: str, error: Exception) -> UserError:
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if source.path is None:
         return UserError(f"{key}.name: {source.name}: cannot be loaded ({reason}).")
-    path = Path(source.path).expanduser()
+    path = local(source.path)
     files = sorted(path.rglob("*")) if path.is_dir() else data_files(source.path, f"{key}.path")
     for file in (file for file in files if FORMATS.get(file.suffix) == "json"):
         if broken := next(_broken_lines(file), None):

@@ -16,6 +16,7 @@ from mtp_jax.data.examples import Content, Example, Examples, Text
 from mtp_jax.data.rows import dataset_rows
 from mtp_jax.data.streams import Documents, Stream
 from mtp_jax.errors import UserError
+from mtp_jax.storage import local
 
 # Of the library's own test packages, and of what is not the library.
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -69,7 +70,7 @@ def python_stdlib() -> list[Example]:
 def text_files(source: Source, key: str) -> Sequence[Example]:
     """The documents of a text source: files, or pieces of files between separators."""
     assert source.path is not None
-    base = Path(source.path).expanduser()
+    base = local(source.path)
     if base.is_dir():
         paths, root = sorted(path for path in base.rglob("*.txt") if path.is_file()), base
     elif base.is_file():

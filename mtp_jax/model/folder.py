@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from mtp_jax.errors import UserError
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import EMBED_KEY, UNEMBED_KEY, Params, Weight, build_tree, weight_table
+from mtp_jax.storage import local
 
 # Files of a model on the hub that are of use: no code, no pickles.
 SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -49,7 +50,7 @@ def _bundled() -> Path:
 
 
 def find_folder(name: str, revision: str | None = None, patterns: tuple[str, ...] = FILES) -> Path:
-    """The folder of `bundled:NAME`, of a local path, or of a Hugging Face hub name (downloaded when not yet here).
+    """The folder of `bundled:NAME`, of a path (also `gs://`), or of a hub name (downloaded when not yet here).
 
     Args:
         revision: of a hub name; the newest by default.
@@ -62,7 +63,7 @@ def find_folder(name: str, revision: str | None = None, patterns: tuple[str, ...
         if not (folder / "config.json").is_file():
             raise UserError(f"there is no bundled model {name!r}; there is {', '.join(bundled_models()) or 'none'}.")
         return folder
-    if (folder := Path(name).expanduser()).exists():
+    if (folder := local(name)).exists():
         if not folder.is_dir():
             raise UserError(f"{name}: a model is a folder with config.json and safetensors, and this is a file.")
         if not (folder / "config.json").is_file():

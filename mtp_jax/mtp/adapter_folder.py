@@ -18,6 +18,7 @@ from mtp_jax.model.folder_writer import on_host, whole_or_absent
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import PROJECTIONS, Params, build_tree, leaf_at
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table
+from mtp_jax.storage import local
 
 CONFIG, TENSORS = "mtp_config.json", "adapter.safetensors"
 FORMAT = 1
@@ -101,8 +102,8 @@ def find_adapter(name: str) -> Path:
     """
     if name.startswith("bundled:"):
         folder = find_folder(name) / "adapter"
-    elif (local := Path(name).expanduser()).exists():
-        folder = local
+    elif (found := local(name)).exists():
+        folder = found
     else:
         folder = find_folder(name, patterns=(CONFIG, TENSORS))
     if (folder / "adapter" / CONFIG).is_file():  # a run's output folder

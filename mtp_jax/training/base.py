@@ -22,6 +22,7 @@ from mtp_jax.model.folder import (
 )
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, init_params, weight_table
+from mtp_jax.storage import local
 from mtp_jax.training import processes
 from mtp_jax.training.sharding import table_sharding, weight_sharding
 
@@ -57,7 +58,7 @@ def check_base(config: Config) -> Any | None:
         recipe, tokenizer = config.model.scratch.tokenizer, None
         g = Geometry.from_config(config.model.scratch.config, "model.scratch.config")
         if isinstance(recipe, str):
-            tokenizer = load_tokenizer(Path(recipe).expanduser(), g)
+            tokenizer = load_tokenizer(local(recipe), g)
         elif recipe.vocabulary > g.V:
             raise UserError(
                 f"model.scratch.tokenizer.vocabulary={recipe.vocabulary} is more than "
@@ -95,7 +96,7 @@ def find_base(config: Config, training: list[Documents], run_dir: Path) -> Base:
 
         processes.from_first(train_once)
     else:
-        tokens = Path(scratch.tokenizer).expanduser()
+        tokens = local(scratch.tokenizer)
     return Base(g, scratch.config, load_tokenizer(tokens, g), None)
 
 

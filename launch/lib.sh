@@ -1,0 +1,229 @@
+# shellcheck shell=bash
+# What the launch scripts share: options, messages, calls with a time limit, and what to say when one is interrupted.
+# Kept to bash 3.2, which macOS ships: no associative arrays, no mapfile, and "${a[@]+"${a[@]}"}" for arrays that may be empty.
+
+# shellcheck disable=SC2034 # the scripts that source this file use them
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+TICK=${MTP_JAX_TICK:-0.2} # seconds between looks at a call that is under way
+opt_dry_run=false opt_help=false
+ARGS=() OUT='' ERR='' CHILD='' CATCH='' SCRATCH='' SIGNALLED=false CREATING=false
+EXISTING=() # by turns: what there is, and the command that deletes it
+
+say() { printf '%s\n' "$*" >&2; }
+
+# The user can mend it (2), or the cloud said no (1).
+die() { printf 'error: %s\n' "$*" >&2; exit 2; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+# The comment at the head of a script is its help.
+usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; }
+
+# Reads options into the opt_ variables that a script declares, and all else into ARGS. One that is declared as true or
+# false takes no value.
+parse() {
+  local name var
+  while (($#)); do
+    case $1 in
+      -h | --help) usage; exit 0 ;;
+      --) shift; ARGS+=("$@"); return ;;
+      --*)
+        name=${1%%=*} && var=opt_${name#--} && var=${var//-/_}
+        [[ $var =~ ^[a-z0-9_]+$ && -n ${!var+x} ]] || die "unknown option $name; see: $0 --help"
+        if [[ ${!var} == true || ${!var} == false ]]; then
+          [[ $1 != *=* ]] || die "$name takes no value."
+          printf -v "$var" true
+        elif [[ $1 == *=* ]]; then
+          printf -v "$var" %s "${1#*=}"
+        else
+          (($# > 1)) || die "$name needs a value."
+          shift
+          printf -v "$var" %s "$1"
+        fi
+        ;;
+      *) ARGS+=("$1") ;;
+    esac
+    shift
+  done
+}
+
+need() { # option...: those that must have been given
+  local name var
+  for name; do
+    var=opt_${name//-/_}
+    [[ -n ${!var} ]] || die "--$name is missing; see: $0 --help"
+  done
+}
+
+# An identifier that is valid as a label, a folder and a Kubernetes name alike.
+check_name() { # option value
+  [[ $2 =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
+    die "--$1 $2: should be 1 to 40 lower-case letters, digits and hyphens, beginning with a letter."
+}
+
+check_whole() { # option value: a number of seconds or of times
+  [[ $2 =~ ^[0-9]{1,7}$ ]] || die "--$1 $2: should be a whole number."
+}
+
+# Words as one line that a shell reads back.
+quoted() {
+  local word line='' option plain='^[A-Za-z0-9_./:=,@%+~-]+$'
+  for word; do
+    if [[ ! $word =~ $plain ]]; then
+      option=''
+      if [[ $word =~ ^--[a-z-]+= ]]; then option=${BASH_REMATCH[0]}; fi
+      word=${word#"$option"}
+      word="$option'${word//\'/\'\\\'\'}'"
+    fi
+    line+="${line:+ }$word"
+  done
+  printf '%s' "$line"
+}
+
+scratch() { [[ -n $SCRATCH ]] || SCRATCH=$(mktemp -d); }
+
+# Runs a command for at most so many seconds; 124 if it took longer. In the background, because bash delivers a signal at
+# once to a script that looks again and again, and only afterwards to one that waits in the foreground.
+limited() { # seconds command...
+  local seconds=$1 started=$SECONDS status=0
+  shift
+  # Only the command's own output is caught: what a trap has to say while it runs is for the user.
+  if [[ -n $CATCH ]]; then
+    "$@" </dev/null >"$CATCH/out" 2>"$CATCH/err" &
+  else
+    "$@" </dev/null &
+  fi
+  CHILD=$!
+  while kill -0 "$CHILD" 2>/dev/null; do
+    if ((SECONDS - started > seconds)); then
+      kill -TERM "$CHILD" 2>/dev/null || true
+      sleep "$TICK"
+      kill -KILL "$CHILD" 2>/dev/null || true
+      wait "$CHILD" 2>/dev/null || true
+      CHILD=''
+      return 124
+    fi
+    sleep "$TICK"
+  done
+  wait "$CHILD" || status=$?
+  CHILD=''
+  return "$status"
+}
+
+# Runs or, with --dry-run, prints a command whose output the user should see.
+run() { # seconds command...
+  if [[ $opt_dry_run == true ]]; then
+    printf '%s\n' "$(quoted "${@:2}")"
+  else
+    limited "$@"
+  fi
+}
+
+# Runs a command and keeps its output in OUT and ERR; with --dry-run it is printed and gives nothing.
+call() { # seconds command...
+  local status=0
+  OUT='' ERR=''
+  if [[ $opt_dry_run == true ]]; then
+    printf '%s\n' "$(quoted "${@:2}")"
+    return 0
+  fi
+  scratch
+  CATCH=$SCRATCH
+  limited "$@" || status=$?
+  CATCH=''
+  OUT=$(<"$SCRATCH/out") ERR=$(<"$SCRATCH/err")
+  ((status != 124)) || ERR="no answer within $1 seconds: $(quoted "${@:2}")"
+  return "$status"
+}
+
+exists() { EXISTING+=("$1" "$2"); } # something that costs money while it is there: what, how to delete it
+
+on_signal() { # exit code
+  trap '' INT TERM HUP
+  SIGNALLED=true
+  local child
+  # Bash starts them deaf to Ctrl-C.
+  for child in $(jobs -p); do kill -TERM "$child" 2>/dev/null || true; done
+  exit "$1"
+}
+
+on_exit() {
+  local status=$? i
+  [[ -z $SCRATCH ]] || rm -rf "$SCRATCH"
+  if [[ $opt_dry_run == false && ${#EXISTING[@]} -gt 0 ]] && { $SIGNALLED || { $CREATING && ((status)); }; }; then
+    if $SIGNALLED; then say "interrupted."; fi
+    for ((i = 0; i < ${#EXISTING[@]}; i += 2)); do
+      say "${EXISTING[i]} exists or may exist, and costs money until it is deleted with:"
+      say "    ${EXISTING[i + 1]}"
+    done
+  fi
+  return "$status"
+}
+
+trap on_exit EXIT
+trap 'on_signal 130' INT
+trap 'on_signal 143' TERM
+trap 'on_signal 129' HUP
+
+need_program() { # program, how to get it
+  [[ $opt_dry_run == true ]] || command -v "$1" >/dev/null || die "$1 is not installed: $2"
+}
+
+# ---- git
+
+# Sets COMMIT and REMOTE, and refuses what workers could not check out.
+find_commit() { # whether the commit is uploaded, so that nobody has to have pushed it
+  local upload=$1 dirty branch
+  need_program git "https://git-scm.com/downloads"
+  git -C "$ROOT" rev-parse --git-dir >/dev/null 2>&1 || die "$ROOT is no git repository: setup installs a commit of one."
+  dirty=$(git -C "$ROOT" status --porcelain | head -n 1)
+  [[ -z $dirty ]] || die "there are uncommitted changes (${dirty:3}); run: git commit --all, or: git stash"
+  COMMIT=$(git -C "$ROOT" rev-parse HEAD)
+  [[ $upload == false ]] || return 0
+  REMOTE=$(git -C "$ROOT" remote get-url origin 2>/dev/null) ||
+    die "the repository has no remote 'origin' that workers could clone; run: git remote add origin URL, or add --upload"
+  if [[ -z $(git -C "$ROOT" branch --remotes --contains "$COMMIT" 2>/dev/null) ]]; then
+    branch=$(git -C "$ROOT" symbolic-ref --quiet --short HEAD || echo HEAD)
+    die "commit ${COMMIT:0:12} is not pushed; run: git push origin $branch, or add --upload"
+  fi
+  # Workers have no key of yours. Where the repository is not public, --upload sends the commit.
+  if [[ $REMOTE =~ ^(ssh://)?git@([^:/]+)[:/](.+)$ ]]; then REMOTE=https://${BASH_REMATCH[2]}/${BASH_REMATCH[3]}; fi
+  [[ ! $REMOTE =~ ://[^/]*@ ]] || die "the URL of 'origin' holds a password or token, which would show on command lines; add --upload"
+}
+
+check_config() { # file: workers see only what is in the commit, or a bucket
+  [[ $1 != gs://* ]] || return 0
+  [[ $1 != /* ]] || die "--config $1: should be relative to the repository, or in a bucket (gs://...)."
+  [[ -f $ROOT/$1 ]] || die "--config $1: there is no such file in $ROOT."
+  git -C "$ROOT" ls-files --error-unmatch "$1" >/dev/null 2>&1 ||
+    die "--config $1 is not part of the commit that workers install; run: git add $1 && git commit"
+}
+
+# ---- does it fit?
+
+# Refuses a run that the compiler says does not fit the chips, unless --force.
+preflight() { # topology config override...
+  local topology=$1 status=0 python=${PYTHON:-}
+  shift
+  if [[ ${opt_force:-false} == true ]]; then return 0; fi
+  if [[ ! -f $ROOT/mtp_jax/preflight.py ]]; then
+    say "note: there is no mtp_jax.preflight here, so it is not checked whether the run fits $topology."
+    return 0
+  fi
+  if [[ -z $python ]]; then
+    python=python3
+    if [[ -x $ROOT/.venv/bin/python ]]; then python=$ROOT/.venv/bin/python; fi
+  fi
+  call 1800 env JAX_PLATFORMS=cpu PYTHONPATH="$ROOT" "$python" -m mtp_jax.preflight --config "$@" --topology "$topology" || status=$?
+  [[ -z $OUT ]] || say "$OUT"
+  case $status in
+    0) ;;
+    1) # also what Python ends with where the package is not installed
+      if [[ $ERR == *Traceback* || $ERR == *"No module named"* ]]; then
+        die "preflight cannot run here (${ERR##*$'\n'}); run: make $ROOT/.venv/.test, or: pip install '.[tpu]', or add --force"
+      fi
+      [[ -z $ERR ]] || say "$ERR"
+      die "the run does not fit $topology; nothing was created or started. Add --force to go on all the same."
+      ;;
+    *) [[ -z $ERR ]] || say "$ERR"; die "preflight refused the run (exit code $status); nothing was created or started." ;;
+  esac
+}
