@@ -84,10 +84,11 @@ def dataset_rows(source: Source, key: str) -> Examples | Stream:
     if not rows:
         raise UserError(f"{key}: {source.name or source.path} has no rows.")
     columns = _columns(source, list(found), f"{key}.columns")
-    data = data.select_columns(list(columns.names))
+    wanted = list(columns.names)
     if source.streaming:
-        return Stream(data, name, columns.content)
-    table = Table(data, name, columns)
+        # The library notes in a dataset how far it was read: two readers of one would disturb each other.
+        return Stream(lambda: _load(source, key)[0].select_columns(wanted), name, columns.content)
+    table = Table(data.select_columns(wanted), name, columns)
     return Examples(rows, lambda number: Row(table, number))
 
 

@@ -1,7 +1,7 @@
 """Datasets that are read in order, without being stored or looked up: rows arrive while training runs."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,9 +29,14 @@ class Stream:
     """Rows in a fixed order, numbered from 0. Those that the hash of their name holds out are passed over."""
 
     def __init__(
-        self, data: Any, name: str, to_content: Callable[[dict[str, Any], str], Content], held_out: float = 0.0
+        self,
+        opened: Callable[[], Iterable[dict[str, Any]]],
+        name: str,
+        to_content: Callable[[dict[str, Any], str], Content],
+        held_out: float = 0.0,
     ):
-        self.data, self.name, self.to_content, self.held_out = data, name, to_content, held_out
+        """`opened` gives the rows from the first on, to each reader its own."""
+        self.opened, self.name, self.to_content, self.held_out = opened, name, to_content, held_out
 
     def row_name(self, number: int) -> str:
         """Independent of the machine."""
@@ -42,7 +47,7 @@ class Stream:
         return (row for row in self._rows() if row.draw >= self.held_out)
 
     def _rows(self) -> Iterator[StreamedRow]:
-        number, rows = 0, iter(self.data)
+        number, rows = 0, iter(self.opened())
         while True:
             try:
                 row = next(rows, None)
@@ -56,7 +61,7 @@ class Stream:
 
     def split(self, held_out: float) -> tuple["Stream", list[Example]]:
         """The stream without its held-out rows, and those of them that stand near its beginning."""
-        stream = Stream(self.data, self.name, self.to_content, held_out)
+        stream = Stream(self.opened, self.name, self.to_content, held_out)
         head = itertools.islice(self._rows(), _HEAD if held_out else 0)
         return stream, [row for row in head if row.draw < held_out]
 

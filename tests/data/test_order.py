@@ -21,7 +21,7 @@ def examples(count, name="a"):
 
 
 def stream(count, name="s"):
-    return Stream([{"text": str(number)} for number in range(count)], name, lambda row, _: row["text"])
+    return Stream(lambda: [{"text": str(number)} for number in range(count)], name, lambda row, _: row["text"])
 
 
 def test_every_document_once_per_epoch_in_another_order():

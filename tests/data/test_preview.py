@@ -22,7 +22,8 @@ def tree(make_tree, tmp_path, small_folder):
     return tree
 
 
-def test_it_prints_what_training_would_see(command, write_config, tree, tmp_path):
+def test_it_prints_what_training_would_see(command, write_config, tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     config = write_config(tree)
     before = listing(tmp_path)
     outcome = command("data.__main__", "--config", config, "--examples", 2)
@@ -31,7 +32,7 @@ def test_it_prints_what_training_would_see(command, write_config, tree, tmp_path
     assert re.search(r"padding: \d\.\d\d% of their rows; supervised: \d\d\.\d%", outcome.out)
     assert re.search(r"longer than a sequence: [\d,]+ \(split into pieces\)", outcome.out)
     assert re.search(r"anchors: [45]\.\d in a sequence", outcome.out)
-    assert len(re.findall(r"^doc\d\d\.txt, \d+ rows of sequence 0", outcome.out, re.MULTILINE)) == 2
+    assert len(re.findall(r"^doc\d\d\.txt, \d+ rows of sequence \d", outcome.out, re.MULTILINE)) == 2
     assert listing(tmp_path) == before
 
 
@@ -58,11 +59,13 @@ def test_figures_are_those_of_every_document_and_every_row(tree, small_tokenizer
 def test_examples_show_what_is_supervised_and_where_blocks_stand(command, write_config, tree, jsonl, small_folder):
     source = jsonl([{"prompt": f"the cat {i}", "completion": " sat on the mat"} for i in range(40)])
     tree["data"]["sources"] = [source.model_dump()]
-    outcome = command("data.__main__", "--config", write_config(tree), "--examples", 1)
+    outcome = command("data.__main__", "--config", write_config(tree), "--examples", 20)
     assert outcome.code == 0, outcome
-    shown = outcome.out.splitlines()[-1]
-    assert re.fullmatch(r"<\|endoftext\|>the cat \d+\^?«[ ^a-z]+\^*<\|endoftext\|>»", shown.replace("\n", "")), outcome
-    assert shown.count("^") == 5 or shown.split("«")[0].endswith("^")
+    shown = re.findall(r"rows of sequence 0 .*\n(.*)\n", outcome.out)
+    assert len(shown) > 1, outcome
+    for document in shown:
+        assert re.fullmatch(r"<\|endoftext\|>the cat \d+\^?«[ ^a-z]+<\|endoftext\|>»", document), outcome
+    assert "".join(shown).count("^") == 5
     assert "prompts with completions, supervised in the completions" in outcome.out
 
 

@@ -108,7 +108,7 @@ def test_a_stream_that_breaks_says_where():
         raise OSError("connection reset\nand more")
 
     with pytest.raises(UserError, match=r"^org/data: cannot be read behind row 1 \(connection reset\)\.$"):
-        list(Stream(rows(), "org/data", lambda row, _: row["text"]))
+        list(Stream(rows, "org/data", lambda row, _: row["text"]))
 
 
 @pytest.mark.parametrize(

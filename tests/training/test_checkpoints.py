@@ -24,10 +24,10 @@ class Counter:
         self.given = given
 
     def get_state(self):
-        return {"given": self.given}
+        return {"lanes": {"0": self.given}}
 
     def set_state(self, state):
-        self.given = state["given"]
+        self.given = state["lanes"]["0"]
 
 
 def state(step):
@@ -148,10 +148,10 @@ def test_the_iterators_of_several_processes_are_handed_over_together(tmp_path, m
         checkpoints.save(state(3), Counter(3))
         checkpoints.finish()
         handed = []
-        monkeypatch.setattr(module, "merge_states", lambda states: handed.append(states) or {"given": 3})
+        monkeypatch.setattr(module, "merge_states", lambda states: handed.append(states) or states[0])
         like = state(0)
         checkpoints.restore(3, abstract(like, jax.tree.map(lambda leaf: leaf.sharding, like)), Counter())
-    assert handed == [[{"given": 3}, {"lanes": {"8": 1}}]]
+    assert handed == [[{"lanes": {"0": 3}}, {"lanes": {"8": 1}}]]
     assert json.loads((tmp_path / "c" / "3" / "data" / "8.json").read_text()) == {"lanes": {"8": 1}}
 
 
