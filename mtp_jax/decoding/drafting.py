@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from mtp_jax.decoding.choice import likeliest
 from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw
+from mtp_jax.model.products import largest, look_up
 from mtp_jax.mtp.sampler import read_latent, sample_latent
 
 
@@ -23,6 +24,7 @@ def choose_drafts(
     first: Int[Array, " B"],
     shortlist: int | None,
     sampling: tuple[SamplingKind, Tempering, Key[Array, " B"]] | None,
+    in_cpp: bool = False,
 ) -> tuple[Int[Array, "B M"], Proposal | None]:
     """The drafts of a block behind the token `first`, and what they were drawn from where drafts are sampled.
 
@@ -33,13 +35,14 @@ def choose_drafts(
         sampler: weights of the sampler head; without one, drafts are those of the base head.
         scores: the base head's logits of the block; not needed by a sampler without shortlist.
         shortlist: how many candidates of each mask row (`candidates`) the sampler may choose from; None for all.
+        in_cpp: call C++ for what it has.
     """
     B, M, _ = latents.shape
     V = table.shape[0]
     ids, rows = None, None
     if sampler is not None and shortlist is not None and shortlist < V:
-        ids = candidates(scores, shortlist)
-        rows = table[ids].astype(latents.dtype)
+        ids = candidates(scores, shortlist, in_cpp)
+        rows = None if in_cpp else table[ids].astype(latents.dtype)
     drafts, proposed = [], []
     previous = first
     read = None if sampler is None else read_latent(sampler, latents)
@@ -50,8 +53,10 @@ def choose_drafts(
         else:
             embedding = embed(previous)
             latent = sample_latent(sampler, form, embedding, latents[:, j], read[:, j])
-            if rows is None:
+            if ids is None:
                 logits = head(latent)
+            elif rows is None:
+                logits = look_up(latent, table, ids[:, j])
             else:
                 logits = jnp.einsum("bd,bcd->bc", latent, rows[:, j], preferred_element_type=jnp.float32)
         if sampling is not None and sampling[0].sampled_drafts:
@@ -60,7 +65,7 @@ def choose_drafts(
             chosen = draw(q, jax.vmap(jax.random.fold_in, (0, None))(keys, j))
             proposed.append(q)
         else:
-            chosen = likeliest(logits)
+            chosen = likeliest(logits, in_cpp)
         previous = chosen if ids is None else jnp.take_along_axis(ids[:, j], chosen[:, None], axis=1)[:, 0]
         drafts.append(previous)
     chain = jnp.stack(drafts, axis=1)
@@ -72,12 +77,14 @@ def choose_drafts(
     return chain, Proposal(every, jnp.stack(proposed, axis=1))
 
 
-def candidates(scores: Float[Array, "... V"], count: int) -> Int[Array, "... C"]:
+def candidates(scores: Float[Array, "... V"], count: int, in_cpp: bool = False) -> Int[Array, "... C"]:
     """The likeliest token of each of `count` classes of tokens, those that are equal modulo `count`.
 
     Not quite the `count` likeliest tokens: one that shares its class with a likelier one is missed. But it takes one
     pass, where sorting costs more than the sampler saves; the loss is measured in docs/benchmarks.md.
     """
+    if in_cpp:
+        return largest(scores, count)
     V = scores.shape[-1]
     rows = -(-V // count)
     lowest = jnp.finfo(scores.dtype).min

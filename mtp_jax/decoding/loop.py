@@ -152,7 +152,7 @@ class Decoding:
         )
         scores = self._logits(variables, last)
         if self.sampling is None:
-            token = likeliest(scores)
+            token = likeliest(scores, "head" in variables)
         else:
             assert how is not None
             p = distribution(scores, how, self.sampling.truncated)
@@ -182,7 +182,7 @@ class Decoding:
         else:
             scores = self._logits(variables, real)
         if self.sampling is None:
-            choice = likeliest(scores)
+            choice = likeliest(scores, "head" in variables)
             right = (state.drafts == choice[:, :d]) & (jnp.arange(d) < state.valid[:, None])
             accepted = prefix(right)
             token = jnp.take_along_axis(choice, accepted[:, None], axis=1)[:, 0]
@@ -241,7 +241,8 @@ class Decoding:
         table = self.model.apply(params, method="unembedding")
         head = functools.partial(self._logits, variables)
         form = self.sampler
-        return choose_drafts(embed, head, table, sampler, form, block, scores, first, self.shortlist, sampling)
+        shortlist, in_cpp = self.shortlist, "head" in variables
+        return choose_drafts(embed, head, table, sampler, form, block, scores, first, shortlist, sampling, in_cpp)
 
     def _keys(self, state: DecodeState, purpose: int) -> Key[Array, " B"]:
         """Fresh keys for this step of each sequence: its length grows with every step."""

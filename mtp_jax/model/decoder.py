@@ -17,7 +17,7 @@ from mtp_jax.model.attention import Blocks, Keys, LayerCache, attend, attend_blo
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.kernels import flash, misfit
 from mtp_jax.model.placement import parts_of
-from mtp_jax.model.products import Panels, adapted_times, attend_slots, attends, times
+from mtp_jax.model.products import Panels, adapted_times, add_norm, attend_slots, attends, times
 from mtp_jax.model.projection import Matrices, Projection
 from mtp_jax.model.rope import angles, rotate
 
@@ -62,6 +62,16 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+    def after(
+        self, x: Float[Array, "... D"], added: Float[Array, "... D"] | None, in_cpp: bool
+    ) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+        """x + added, if anything is, and its norm."""
+        if in_cpp:
+            scale = self.get_variable("params", "scale")
+            return add_norm(x, jnp.zeros_like(x) if added is None else added, scale, self.epsilon)
+        x = x if added is None else x + added
+        return x, self(x)
 
 
 class Layer(nn.Module):
@@ -138,24 +148,27 @@ class Layer(nn.Module):
                 y = jnp.concatenate([y[:, :real], y[:, real:] + (x[:, real:] @ joined["a"]) @ joined["b"]], axis=1)
             return y
 
-        h = project("attention_in", ("q", "k", "v"), self.attention_norm(x)).reshape(*x.shape[:2], -1, g.H)
-        q, k, v = jnp.split(h, [g.N, g.N + g.K], axis=2)
+        in_cpp = isinstance(fused.get("attention_in", {}).get("kernel"), Panels)
+        x, normed = self.attention_norm.after(x, None, in_cpp)
+        h = project("attention_in", ("q", "k", "v"), normed).reshape(*x.shape[:2], -1, g.H)
         if g.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin)
-        own = LayerCache.of_rows(k, v)
+            q, k, v = jnp.split(h, [g.N, g.N + g.K], axis=2)
+            h = jnp.concatenate([self.q_norm(q), self.k_norm(k), v], axis=2)
         held = None if first else LayerCache(cache.k.astype(x.dtype), cache.v.astype(x.dtype))
         assert rows.own_visible is not None and rows.held is not None
-        if held is not None and attends(g.H) and isinstance(fused.get("attention_in", {}).get("kernel"), Panels):
+        if held is not None and in_cpp and attends(g.H):
             low, high = (bound[kind] for bound in rows.held)
-            h = attend_slots(q, held, low, high, own, rows.own_visible[kind])
+            h, *written = attend_slots(h, (rows.cos, rows.sin), held, low, high, rows.own_visible[kind])
+            own = LayerCache(*written)
         else:
+            q, k, v = jnp.split(h, [g.N, g.N + g.K], axis=2)
+            q, own = rotate(q, rows.cos, rows.sin), LayerCache.of_rows(rotate(k, rows.cos, rows.sin), v)
             h = attend(q, held, rows.visible[kind], own, rows.own_visible[kind])
         # Always 0, and not known before the old cache was read: XLA then writes in place, and copies it otherwise.
         late = jnp.minimum(jnp.isnan(h[:, 0, 0, 0]).astype(jnp.int32), 0)
         cache = cache.write(LayerCache(own.k[:, :, :real], own.v[:, :, :real]), rows.start + late)
-        x = x + project("attention_out", ("o",), h.reshape(*x.shape[:2], -1))
-        gate, up = jnp.split(project("mlp_in", ("gate", "up"), self.mlp_norm(x)), 2, axis=-1)
+        x, normed = self.mlp_norm.after(x, project("attention_out", ("o",), h.reshape(*x.shape[:2], -1)), in_cpp)
+        gate, up = jnp.split(project("mlp_in", ("gate", "up"), normed), 2, axis=-1)
         h = project("mlp_out", ("down",), jax.nn.silu(gate) * up)
         return nn.with_logical_constraint(x + h, ("batch", None, None)), cache
 

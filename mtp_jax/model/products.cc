@@ -1,5 +1,5 @@
 // What a decoding step spends its time on, for few rows on CPU, called from compiled XLA programs: products with weights,
-// with the LoRA for those rows that meet it, and attention.
+// with the LoRA for those rows that meet it, attention, and small things of which XLA would make many operations.
 //
 // y = x w is bound by reading w. It lies in panels of some columns, each from its first row to its last, so that it is
 // read once and in the order of addresses: memory then gives twice of what it gives to several streams. Each number
@@ -15,11 +15,14 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
+using Vector = ffi::Buffer<ffi::F32, 1>;
 using Matrix = ffi::Buffer<ffi::F32, 2>;
 using Rows = ffi::Buffer<ffi::F32, 3>;
 using Heads = ffi::Buffer<ffi::F32, 4>;
@@ -40,7 +43,8 @@ constexpr int LANES = 4, MOST = 12, FEW = 6, COLUMNS = 4;
 #endif
 constexpr int VECTORS = 2, WIDTH = VECTORS * LANES;  // of a panel
 constexpr int64_t AHEAD = 2048;  // numbers of a panel that are fetched before their turn
-constexpr int64_t UNITS = 4;     // that a product is cut into for each thread
+constexpr int64_t SHARES = 4;    // of what is left, for each thread; one of them is taken at a time
+constexpr int64_t READY = 1 << 17;  // numbers of the next matrix that a thread without work brings into its cache
 
 typedef float Lanes __attribute__((vector_size(LANES * 4)));
 
@@ -144,18 +148,30 @@ struct Panels {
   }
 };
 
-// A piece of work in units that any thread may take. Whoever comes takes what is left, in order; nobody waits for a
-// thread that has not begun.
+// A piece of work in units. The thread it came from takes them from the first on, others from the last; nobody waits for
+// a thread that has not begun.
 struct Work {
-  std::atomic<int64_t> next{0}, finished{0};
+  std::atomic<uint64_t> left{0};  // first unit that nobody has taken, and in the upper half the end of those
+  std::atomic<int64_t> finished{0};
   int64_t units = 0;
+  const float* weights = nullptr;  // what is read once from its beginning to its end, if anything is
+  int64_t size = 0;                // its numbers
 
   virtual ~Work() = default;
-  virtual void unit(int64_t u) = 0;
-  void run() {
-    for (int64_t u; (u = next.fetch_add(1)) < units;) {
-      unit(u);
-      finished.fetch_add(1, std::memory_order_release);
+  virtual void unit(int64_t first, int64_t last) = 0;
+  // How many units to take at a time.
+  virtual int64_t several(int64_t first, int64_t end) const { return 1; }
+
+  void run(bool from_first) {
+    for (uint64_t range = left.load();;) {
+      int64_t first = range & 0xffffffff, end = range >> 32;
+      if (first >= end) return;
+      int64_t count = several(first, end), begin = from_first ? first : end - count;
+      if (!left.compare_exchange_weak(range, from_first ? range + count : range - (static_cast<uint64_t>(count) << 32)))
+        continue;
+      unit(begin, begin + count);
+      finished.fetch_add(count, std::memory_order_release);
+      range = left.load();
     }
   }
 };
@@ -171,29 +187,38 @@ struct Products : Work {
   Input x;  // rows of all sequences
   Panels w, a, b;
   float *y, *inner = nullptr;
-  int64_t N, C = 0, sequences = 1, lora_rows = 0, together = 1, inner_units = 0;
+  int64_t N, C = 0, sequences = 1, lora_rows = 0, shares = 1, inner_units = 0;
+  std::atomic<int64_t> finished_inner{0};
   ffi::Span<const int64_t> offsets;  // matrix i of w reads the columns of inner from offsets[i] on
 
   void prepare(int64_t threads) {
-    together = std::clamp<int64_t>(w.count / (UNITS * threads), 1, 16);
+    shares = SHARES * threads;
     inner_units = lora_rows ? a.count : 0;
-    units = inner_units + (w.count + together - 1) / together;
+    units = inner_units + w.count;
+    weights = w.w;
+    size = w.count * w.K * WIDTH;
   }
 
   Input adapted(const Input& of, int64_t sequence) const {
     return {of.x + ((sequence + 1) * (of.rows / sequences) - lora_rows) * of.stride, lora_rows, of.stride};
   }
 
-  void unit(int64_t u) override {
-    if (u < inner_units) {
-      Panels::Place at = a.place(u);
-      for (int64_t i = 0; i < sequences; ++i) a.times<false>(adapted(x, i), u, at, u + 1, inner + i * lora_rows * C, C);
+  int64_t several(int64_t first, int64_t end) const override {
+    return first < inner_units ? 1 : std::clamp<int64_t>((end - first) / shares, 1, 16);
+  }
+
+  void unit(int64_t first, int64_t last) override {
+    if (first < inner_units) {
+      Panels::Place at = a.place(first);
+      for (int64_t i = 0; i < sequences; ++i)
+        a.times<false>(adapted(x, i), first, at, last, inner + i * lora_rows * C, C);
+      finished_inner.fetch_add(1, std::memory_order_release);
       return;
     }
-    int64_t first = (u - inner_units) * together, last = std::min(w.count, first + together);
+    first -= inner_units, last -= inner_units;
     for (int64_t p = first; p < last; ++p) w.times<false>(x, p, w.place(p), last, y, N);
     if (!lora_rows) return;
-    while (finished.load(std::memory_order_acquire) < inner_units) pause();  // those units were taken before this one
+    while (finished_inner.load(std::memory_order_acquire) < inner_units) pause();
     int64_t R = x.rows / sequences;
     for (int64_t p = first; p < last; ++p) {
       Panels::Place at = b.place(p);
@@ -256,14 +281,25 @@ inline Lanes exponential(Lanes x) {
 }
 
 // Attention of a step's rows over the slots [low, high) of a cache and over those of the step's own keys that each sees.
+// Queries and keys come as they were projected and are rotated here.
 struct Attention : Work {
-  const float *q, *keys, *values, *own_keys, *own_values;
+  const float *projected, *cosine, *sine, *keys, *values;
   const int32_t *low, *high;
   const bool* seen;
-  float* out;
+  float *out, *own_keys, *own_values;
   int64_t R, N, K, H, S;
 
-  void unit(int64_t u) override {  // one key/value head of one sequence
+  // Head `head` of a row: its pairs (h, h + H/2) rotated by the row's angles, times `scale`.
+  void rotate(int64_t row, int64_t head, float scale, float* to) const {
+    const float *x = at(row, head), *c = cosine + row * H / 2, *s = sine + row * H / 2;
+    for (int64_t h = 0; h < H / 2; ++h) {
+      to[h] = (x[h] * c[h] - x[h + H / 2] * s[h]) * scale;
+      to[h + H / 2] = (x[h + H / 2] * c[h] + x[h] * s[h]) * scale;
+    }
+  }
+  const float* at(int64_t row, int64_t head) const { return projected + (row * (N + 2 * K) + head) * H; }
+
+  void unit(int64_t u, int64_t) override {  // one key/value head of one sequence
     int64_t sequence = u / K, head = u % K, group = N / K, rows = group * R;
     const int32_t *from = low + sequence * R, *to = high + sequence * R;
     int64_t begin = S, end = 0;
@@ -274,10 +310,13 @@ struct Attention : Work {
     thread_local std::vector<float> scaled, scores;
     scaled.resize(rows * H);
     scores.resize(rows * width);
-    const float* first = q + (sequence * R * N + head * group) * H;
     float root = 1 / std::sqrt(static_cast<float>(H));
     for (int64_t row = 0; row < rows; ++row)  // row = r * group + which of the heads that share these keys
-      for (int64_t h = 0; h < H; ++h) scaled[row * H + h] = first[row / group * N * H + row % group * H + h] * root;
+      rotate(sequence * R + row / group, head * group + row % group, root, scaled.data() + row * H);
+    for (int64_t r = 0; r < R; ++r) {
+      rotate(sequence * R + r, N + head, 1, own_keys + (u * R + r) * H);
+      std::copy_n(at(sequence * R + r, N + K + head), H, own_values + (u * R + r) * H);
+    }
     const float* k = keys + (u * S + begin) * H;
     const float* v = values + (u * S + begin) * H;
     scores_of<COLUMNS>(rows, scaled.data(), k, H, held, scores.data(), width);
@@ -329,6 +368,94 @@ struct Attention : Work {
   }
 };
 
+// x / sqrt(mean(x^2) + epsilon) * scale for rows x, or for x + added, which is kept.
+struct Norm : Work {
+  static constexpr int64_t TOGETHER = 8;
+  const float *x, *added, *scale;
+  float *total, *y, epsilon;
+  int64_t rows, D;
+
+  void unit(int64_t u, int64_t) override {
+    for (int64_t row = u * TOGETHER; row < std::min(rows, (u + 1) * TOGETHER); ++row) {
+      float* t = total + row * D;
+      Lanes squares = {};
+      float rest = 0;
+      for (int64_t d = 0; d < D; ++d) t[d] = x[row * D + d] + added[row * D + d];
+      int64_t d = 0;
+      for (; d + LANES <= D; d += LANES) squares += load(t + d) * load(t + d);
+      for (; d < D; ++d) rest += t[d] * t[d];
+      rest += sum<LANES>(reinterpret_cast<const float*>(&squares));
+      float by = 1 / std::sqrt(rest / D + epsilon);
+      for (d = 0; d < D; ++d) y[row * D + d] = t[d] * by * scale[d];
+    }
+  }
+};
+
+// Rows of x by rows `ids` of a table.
+struct Lookup : Work {
+  static constexpr int64_t TOGETHER = 32;
+  const float *x, *table;
+  const int32_t* ids;
+  float* y;
+  int64_t D, C;
+
+  void unit(int64_t u, int64_t) override {
+    int64_t parts = (C + TOGETHER - 1) / TOGETHER, row = u / parts, first = u % parts * TOGETHER;
+    int64_t last = std::min(C, first + TOGETHER);
+    const int32_t* id = ids + row * C;
+    for (int64_t c = first; c < std::min(last, first + 3); ++c) fetch(id[c]);
+    for (int64_t c = first; c < last; ++c) {
+      if (c + 3 < last) fetch(id[c + 3]);
+      y[row * C + c] = dot(x + row * D, table + id[c] * D);
+    }
+  }
+  void fetch(int64_t id) const {
+    for (int64_t d = 0; d < D; d += 16) __builtin_prefetch(table + id * D + d);
+  }
+  float dot(const float* a, const float* b) const {
+    Lanes acc[2] = {};
+    int64_t d = 0;
+    for (; d + 2 * LANES <= D; d += 2 * LANES)
+      for (int c = 0; c < 2; ++c) acc[c] += load(a + d + c * LANES) * load(b + d + c * LANES);
+    float rest = 0;
+    for (; d < D; ++d) rest += a[d] * b[d];
+    acc[0] += acc[1];
+    return rest + sum<LANES>(reinterpret_cast<const float*>(&acc[0]));
+  }
+};
+
+// The first index of the largest number of each class of a row: class c has the numbers c, c + C, c + 2C, ...
+struct Largest : Work {
+  const float* x;
+  int32_t* y;
+  int64_t V, C;
+
+  void unit(int64_t row, int64_t) override {
+    if (C > 1) return classes(x + row * V, C, y + row * C);
+    int32_t best[64];  // one class alone would be compared number after number
+    int64_t count = std::min<int64_t>(V, 64);
+    const float* numbers = x + row * V;
+    classes(numbers, count, best);
+    int32_t top = best[0];
+    for (int64_t c = 1; c < count; ++c)
+      if (numbers[best[c]] > numbers[top] || (numbers[best[c]] == numbers[top] && best[c] < top)) top = best[c];
+    y[row] = top;
+  }
+
+  void classes(const float* numbers, int64_t count, int32_t* best) const {
+    thread_local std::vector<float> top;
+    top.assign(numbers, numbers + count);
+    float* held = top.data();
+    for (int64_t c = 0; c < count; ++c) best[c] = static_cast<int32_t>(c);
+    for (int64_t from = count; from < V; from += count)
+      for (int64_t c = 0; c < std::min(count, V - from); ++c) {
+        float next = numbers[from + c];
+        best[c] = next > held[c] ? static_cast<int32_t>(from + c) : best[c];
+        held[c] = next > held[c] ? next : held[c];
+      }
+  }
+};
+
 // Threads that help with a call. XLA's own pool lets its threads sleep within microseconds, and waking one takes as long
 // as a product; these look out for the next call for some milliseconds before they sleep, and give way to whoever else
 // wants their core.
@@ -339,6 +466,7 @@ class Team {
   }
 
   void run(std::shared_ptr<Work> work) {
+    work->left = static_cast<uint64_t>(work->units) << 32;
     bool leading = work->units >= 4 && !busy_.exchange(true);
     if (leading) {
       {
@@ -348,16 +476,38 @@ class Team {
       }
       if (asleep_.load()) wake_.notify_all();
     }
-    work->run();
+    work->run(true);
     while (work->finished.load(std::memory_order_acquire) < work->units) pause();
-    if (leading) busy_.store(false);
+    if (leading) {
+      if (work->weights) expect(*work);
+      busy_.store(false);
+    }
   }
 
  private:
+  // Steps repeat themselves: the weights that came after these the last time will come again. Whoever has no work begins
+  // with the end of them, where it will be asked to go on.
+  void expect(const Work& work) {
+    after_[last_] = {work.weights, work.size};
+    last_ = work.weights;
+    auto next = after_.find(last_);
+    if (next == after_.end()) return;
+    auto [weights, size] = next->second;
+    soon_.store(weights + size, std::memory_order_release);
+    soon_size_.store(std::min(size / 2, READY), std::memory_order_release);
+  }
+
   void help() {
     for (int64_t seen = 0;;) {
       auto begin = std::chrono::steady_clock::now();
+      const float* fetching = nullptr;
+      int64_t fetched = 0;
       while (calls_.load(std::memory_order_acquire) == seen) {
+        if (const float* soon = soon_.load(std::memory_order_acquire)) {
+          if (soon != fetching) fetching = soon, fetched = 0;
+          int64_t until = std::min(fetched + 64 * 16, soon_size_.load(std::memory_order_acquire));
+          for (; fetched < until; fetched += 16) __builtin_prefetch(soon - fetched - 16);
+        }
         for (int i = 0; i < 32; ++i) pause();
         std::this_thread::yield();
         if (std::chrono::steady_clock::now() - begin > std::chrono::milliseconds(3)) {
@@ -373,10 +523,14 @@ class Team {
         seen = calls_.load();
         work = work_;
       }
-      work->run();
+      work->run(false);
     }
   }
 
+  std::unordered_map<const float*, std::pair<const float*, int64_t>> after_;  // of the leading caller alone
+  const float* last_ = nullptr;
+  std::atomic<const float*> soon_{nullptr};  // end of the weights that are expected
+  std::atomic<int64_t> soon_size_{0};
   std::mutex mutex_;
   std::condition_variable wake_;
   std::shared_ptr<Work> work_;
@@ -425,16 +579,46 @@ ffi::Error Adapted(ffi::ThreadPool pool, Rows x, Rows w, Rows a, Rows b, ffi::Re
   return ffi::Error::Success();
 }
 
-ffi::Error Attend(ffi::ThreadPool pool, Heads q, Heads keys, Heads values, Heads own_keys, Heads own_values,
-                  Slots low, Slots high, Marks seen, ffi::Result<Heads> out) {
+ffi::Error Attend(ffi::ThreadPool pool, Heads projected, Heads cosine, Heads sine, Heads keys, Heads values, Slots low,
+                  Slots high, Marks seen, ffi::Result<Heads> out, ffi::Result<Heads> own_keys,
+                  ffi::Result<Heads> own_values) {
   auto work = std::make_shared<Attention>();
-  auto shape = q.dimensions(), cache = keys.dimensions();
-  work->q = q.typed_data(), work->keys = keys.typed_data(), work->values = values.typed_data();
-  work->own_keys = own_keys.typed_data(), work->own_values = own_values.typed_data();
+  auto shape = out->dimensions(), cache = keys.dimensions();
+  work->projected = projected.typed_data(), work->cosine = cosine.typed_data(), work->sine = sine.typed_data();
+  work->keys = keys.typed_data(), work->values = values.typed_data();
   work->low = low.typed_data(), work->high = high.typed_data(), work->seen = seen.typed_data();
-  work->out = out->typed_data();
+  work->out = out->typed_data(), work->own_keys = own_keys->typed_data(), work->own_values = own_values->typed_data();
   work->R = shape[1], work->N = shape[2], work->H = shape[3], work->K = cache[1], work->S = cache[2];
   work->units = shape[0] * work->K;
+  run(work, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error AddNorm(ffi::ThreadPool pool, Matrix x, Matrix added, Vector scale, ffi::Result<Matrix> total,
+                   ffi::Result<Matrix> y, float epsilon) {
+  auto work = std::make_shared<Norm>();
+  work->x = x.typed_data(), work->added = added.typed_data(), work->scale = scale.typed_data();
+  work->total = total->typed_data(), work->y = y->typed_data(), work->epsilon = epsilon;
+  work->rows = x.dimensions()[0], work->D = x.dimensions()[1];
+  work->units = (work->rows + Norm::TOGETHER - 1) / Norm::TOGETHER;
+  run(work, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error LookUp(ffi::ThreadPool pool, Matrix x, Matrix table, Slots ids, ffi::Result<Matrix> y) {
+  auto work = std::make_shared<Lookup>();
+  work->x = x.typed_data(), work->table = table.typed_data(), work->ids = ids.typed_data(), work->y = y->typed_data();
+  work->D = x.dimensions()[1], work->C = ids.dimensions()[1];
+  work->units = x.dimensions()[0] * ((work->C + Lookup::TOGETHER - 1) / Lookup::TOGETHER);
+  run(work, pool);
+  return ffi::Error::Success();
+}
+
+ffi::Error LargestOf(ffi::ThreadPool pool, Matrix x, ffi::Result<Slots> y) {
+  auto work = std::make_shared<Largest>();
+  work->x = x.typed_data(), work->y = y->typed_data();
+  work->V = x.dimensions()[1], work->C = y->dimensions()[1];
+  work->units = x.dimensions()[0];
   run(work, pool);
   return ffi::Error::Success();
 }
@@ -449,5 +633,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_adapted_product, Adapted,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Rows>().Arg<Rows>().Arg<Rows>().Arg<Rows>().Ret<Rows>().Ret<Rows>()
         .Attr<Numbers>("ends").Attr<Numbers>("inner_ends").Attr<Numbers>("offsets"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_attention, Attend,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Heads>().Arg<Heads>().Arg<Heads>().Arg<Heads>().Arg<Heads>()
-        .Arg<Slots>().Arg<Slots>().Arg<Marks>().Ret<Heads>());
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Heads>().Arg<Heads>().Arg<Heads>().Arg<Heads>().Arg<Heads>().Arg<Slots>()
+        .Arg<Slots>().Arg<Marks>().Ret<Heads>().Ret<Heads>().Ret<Heads>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_add_norm, AddNorm,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Matrix>().Arg<Vector>().Ret<Matrix>().Ret<Matrix>()
+        .Attr<float>("epsilon"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_lookup, LookUp,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Matrix>().Arg<Slots>().Ret<Matrix>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_largest, LargestOf,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Ret<Slots>());

@@ -23,7 +23,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 CACHE = "~/.cache/mtp_jax/native"
 _SOURCE = Path(__file__).with_name("products.cc")
-_CALLS = ("mtp_jax_product", "mtp_jax_adapted_product", "mtp_jax_attention")
+_CALLS = tuple(
+    f"mtp_jax_{name}" for name in ("product", "adapted_product", "attention", "add_norm", "lookup", "largest")
+)
 _WIDEST = 16  # numbers that C++ takes at once; head widths are multiples of it, or XLA computes attention
 
 
@@ -89,16 +91,49 @@ def attends(width: int) -> bool:
 
 
 def attend_slots(
-    q: Float[Array, "B R N H"],
+    projected: Float[Array, "B R N+2K H"],
+    angles: tuple[Float[Array, "B R 1 H/2"], Float[Array, "B R 1 H/2"]],
     held: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]],
     low: Int[Array, "B R"],
     high: Int[Array, "B R"],
-    own: tuple[Float[Array, "B K R H"], Float[Array, "B K R H"]],
     own_visible: Bool[Array, "B R R"],
-) -> Float[Array, "B R N H"]:
-    """Softmax attention of rows over slots low <= s < high of a cache, and over those of their own keys they see."""
-    out = jax.ShapeDtypeStruct(q.shape, jnp.float32)
-    return jax.ffi.ffi_call("mtp_jax_attention", out)(q, *held, *own, low, high, own_visible)
+) -> tuple[Float[Array, "B R N H"], Float[Array, "B K R H"], Float[Array, "B K R H"]]:
+    """Softmax attention of rows over slots low <= s < high of a cache, and over those of their own keys they see.
+
+    Args:
+        projected: queries, keys and values, not yet rotated.
+        angles: cosines and sines of the rows' positions.
+    Returns:
+        What the rows attended to, and their own rotated keys and values, as the cache holds them.
+    """
+    B, R, heads, H = projected.shape
+    K = held[0].shape[1]
+    out = jax.ShapeDtypeStruct((B, R, heads - 2 * K, H), jnp.float32)
+    own = jax.ShapeDtypeStruct((B, K, R, H), jnp.float32)
+    call = jax.ffi.ffi_call("mtp_jax_attention", (out, own, own))
+    return call(projected, *angles, *held, low, high, own_visible)
+
+
+def add_norm(
+    x: Float[Array, "... D"], added: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float
+) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+    """x + added, and its root-mean-square norm."""
+    rows = jax.ShapeDtypeStruct((x.size // x.shape[-1], x.shape[-1]), jnp.float32)
+    call = jax.ffi.ffi_call("mtp_jax_add_norm", (rows, rows))
+    total, normed = call(x.reshape(rows.shape), added.reshape(rows.shape), scale, epsilon=np.float32(epsilon))
+    return total.reshape(x.shape), normed.reshape(x.shape)
+
+
+def look_up(x: Float[Array, "B D"], table: Float[Array, "V D"], ids: Int[Array, "B C"]) -> Float[Array, "B C"]:
+    """x by its own rows `ids` of a table."""
+    return jax.ffi.ffi_call("mtp_jax_lookup", jax.ShapeDtypeStruct(ids.shape, jnp.float32))(x, table, ids)
+
+
+def largest(x: Float[Array, "... V"], classes: int) -> Int[Array, "... C"]:
+    """The first index of the largest number of each class; those are in one class that are equal modulo `classes`."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = jax.ShapeDtypeStruct((len(rows), classes), jnp.int32)
+    return jax.ffi.ffi_call("mtp_jax_largest", out)(rows).reshape(*x.shape[:-1], classes)
 
 
 def native() -> bool:

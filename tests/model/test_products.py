@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.model import products
-from mtp_jax.model.products import PanelLora, adapted_times, attend_slots, pack, times
+from mtp_jax.model.products import PanelLora, adapted_times, add_norm, attend_slots, largest, look_up, pack, times
 
 needs_compiler = pytest.mark.skipif(not products.native(), reason="needs a C++ compiler")
 DRAW = np.random.default_rng(0)
@@ -54,22 +54,58 @@ def test_only_the_last_rows_of_each_sequence_meet_the_lora(B, real, masks):
 @pytest.mark.parametrize(("N", "K", "H", "R"), [(4, 2, 32, 3), (8, 1, 64, 9), (2, 2, 16, 1)])
 def test_attention_is_a_softmax_over_slots_and_own_keys(N, K, H, R):
     B, S = 2, 50
-    q, k, v = 3 * normal(B, R, N, H), normal(B, K, S, H), normal(B, K, S, H)
-    own_k, own_v = normal(B, K, R, H), normal(B, K, R, H)
+    projected, k, v = normal(B, R, N + 2 * K, H), normal(B, K, S, H), normal(B, K, S, H)
+    projected[:, :, :N] *= 3
+    angles = 7 * normal(B, R, 1, H // 2)
     low = DRAW.integers(0, 10, (B, R)).astype(np.int32)
     high = (low + DRAW.integers(0, 40, (B, R))).astype(np.int32)  # none at all, sometimes
     seen = (DRAW.random((B, R, R)) < 0.5) | np.eye(R, dtype=bool)
-    got = np.asarray(jax.jit(attend_slots)(q, (k, v), low, high, (own_k, own_v), seen))
+    turn = (np.cos(angles), np.sin(angles))
+    got, own_k, own_v = map(np.asarray, jax.jit(attend_slots)(projected, turn, (k, v), low, high, seen))
+
+    pairs = projected[..., : H // 2].astype(float) + 1j * projected[..., H // 2 :]
+    turned = pairs * np.exp(1j * angles.astype(float))
+    rotated = np.concatenate([turned.real, turned.imag], -1)
+    assert np.abs(own_k - rotated[:, :, N : N + K].swapaxes(1, 2)).max() < 1e-5
+    assert (own_v == projected[:, :, N + K :].swapaxes(1, 2)).all()
     keys, values = np.concatenate([k, own_k], 2).astype(float), np.concatenate([v, own_v], 2)
     slots = np.arange(S)
     for b in range(B):
         for r in range(R):
             visible = np.concatenate([(low[b, r] <= slots) & (slots < high[b, r]), seen[b, r]])
             for n in range(N):
-                scores = keys[b, n * K // N] @ q[b, r, n] / np.sqrt(H)
+                scores = keys[b, n * K // N] @ rotated[b, r, n] / np.sqrt(H)
                 weights = np.where(visible, np.exp(scores - scores[visible].max()), 0)
                 expected = weights @ values[b, n * K // N] / weights.sum()
                 assert np.abs(got[b, r, n] - expected).max() < 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(3, 70), (2, 9, 64), (1, 5)])
+def test_norm_of_a_sum(shape):
+    x, added, scale = normal(*shape), normal(*shape), normal(shape[-1])
+    total, normed = jax.jit(add_norm, static_argnums=3)(x, added, scale, 1e-3)
+    assert (total == x + added).all()
+    wide = (x + added).astype(float)
+    assert np.abs(normed - wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-3) * scale).max() < 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize(("D", "C"), [(64, 256), (70, 33), (5, 1)])
+def test_rows_that_are_looked_up(D, C):
+    x, table, ids = normal(3, D), normal(300, D), DRAW.integers(0, 300, (3, C)).astype(np.int32)
+    got = jax.jit(look_up)(x, table, ids)
+    assert np.abs(got - np.einsum("bd,bcd->bc", x.astype(float), table[ids])).max() < 1e-4
+
+
+@needs_compiler
+@pytest.mark.parametrize(("V", "classes"), [(1000, 256), (297, 1), (40, 1), (300, 300), (4096, 7)])
+def test_the_first_of_the_largest_of_each_class(V, classes):
+    x = DRAW.integers(0, 9, (2, 3, V)).astype(np.float32)  # with many equal ones
+    got = np.asarray(jax.jit(largest, static_argnums=1)(x, classes))
+    for c in range(classes):
+        members = np.arange(c, V, classes)
+        assert (got[..., c] == members[np.argmax(x[..., members], -1)]).all()
 
 
 def test_without_a_compiler_xla_multiplies(monkeypatch, tmp_path):
