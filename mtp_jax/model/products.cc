@@ -15,8 +15,6 @@
 #include <memory>
 #include <mutex>
 #include <thread>
-#include <unordered_map>
-#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -43,8 +41,7 @@ constexpr int LANES = 4, MOST = 12, FEW = 6, COLUMNS = 4;
 #endif
 constexpr int VECTORS = 2, WIDTH = VECTORS * LANES;  // of a panel
 constexpr int64_t AHEAD = 2048;  // numbers of a panel that are fetched before their turn
-constexpr int64_t SHARES = 4;    // of what is left, for each thread; one of them is taken at a time
-constexpr int64_t READY = 1 << 17;  // numbers of the next matrix that a thread without work brings into its cache
+constexpr int64_t UNITS = 4;     // that a product is cut into for each thread
 
 typedef float Lanes __attribute__((vector_size(LANES * 4)));
 
@@ -148,30 +145,18 @@ struct Panels {
   }
 };
 
-// A piece of work in units. The thread it came from takes them from the first on, others from the last; nobody waits for
-// a thread that has not begun.
+// A piece of work in units that any thread may take. Whoever comes takes what is left, in order; nobody waits for a
+// thread that has not begun.
 struct Work {
-  std::atomic<uint64_t> left{0};  // first unit that nobody has taken, and in the upper half the end of those
-  std::atomic<int64_t> finished{0};
+  std::atomic<int64_t> next{0}, finished{0};
   int64_t units = 0;
-  const float* weights = nullptr;  // what is read once from its beginning to its end, if anything is
-  int64_t size = 0;                // its numbers
 
   virtual ~Work() = default;
-  virtual void unit(int64_t first, int64_t last) = 0;
-  // How many units to take at a time.
-  virtual int64_t several(int64_t first, int64_t end) const { return 1; }
-
-  void run(bool from_first) {
-    for (uint64_t range = left.load();;) {
-      int64_t first = range & 0xffffffff, end = range >> 32;
-      if (first >= end) return;
-      int64_t count = several(first, end), begin = from_first ? first : end - count;
-      if (!left.compare_exchange_weak(range, from_first ? range + count : range - (static_cast<uint64_t>(count) << 32)))
-        continue;
-      unit(begin, begin + count);
-      finished.fetch_add(count, std::memory_order_release);
-      range = left.load();
+  virtual void unit(int64_t u) = 0;
+  void run() {
+    for (int64_t u; (u = next.fetch_add(1)) < units;) {
+      unit(u);
+      finished.fetch_add(1, std::memory_order_release);
     }
   }
 };
@@ -187,38 +172,29 @@ struct Products : Work {
   Input x;  // rows of all sequences
   Panels w, a, b;
   float *y, *inner = nullptr;
-  int64_t N, C = 0, sequences = 1, lora_rows = 0, shares = 1, inner_units = 0;
-  std::atomic<int64_t> finished_inner{0};
+  int64_t N, C = 0, sequences = 1, lora_rows = 0, together = 1, inner_units = 0;
   ffi::Span<const int64_t> offsets;  // matrix i of w reads the columns of inner from offsets[i] on
 
   void prepare(int64_t threads) {
-    shares = SHARES * threads;
+    together = std::clamp<int64_t>(w.count / (UNITS * threads), 1, 16);
     inner_units = lora_rows ? a.count : 0;
-    units = inner_units + w.count;
-    weights = w.w;
-    size = w.count * w.K * WIDTH;
+    units = inner_units + (w.count + together - 1) / together;
   }
 
   Input adapted(const Input& of, int64_t sequence) const {
     return {of.x + ((sequence + 1) * (of.rows / sequences) - lora_rows) * of.stride, lora_rows, of.stride};
   }
 
-  int64_t several(int64_t first, int64_t end) const override {
-    return first < inner_units ? 1 : std::clamp<int64_t>((end - first) / shares, 1, 16);
-  }
-
-  void unit(int64_t first, int64_t last) override {
-    if (first < inner_units) {
-      Panels::Place at = a.place(first);
-      for (int64_t i = 0; i < sequences; ++i)
-        a.times<false>(adapted(x, i), first, at, last, inner + i * lora_rows * C, C);
-      finished_inner.fetch_add(1, std::memory_order_release);
+  void unit(int64_t u) override {
+    if (u < inner_units) {
+      Panels::Place at = a.place(u);
+      for (int64_t i = 0; i < sequences; ++i) a.times<false>(adapted(x, i), u, at, u + 1, inner + i * lora_rows * C, C);
       return;
     }
-    first -= inner_units, last -= inner_units;
+    int64_t first = (u - inner_units) * together, last = std::min(w.count, first + together);
     for (int64_t p = first; p < last; ++p) w.times<false>(x, p, w.place(p), last, y, N);
     if (!lora_rows) return;
-    while (finished_inner.load(std::memory_order_acquire) < inner_units) pause();
+    while (finished.load(std::memory_order_acquire) < inner_units) pause();  // those units were taken before this one
     int64_t R = x.rows / sequences;
     for (int64_t p = first; p < last; ++p) {
       Panels::Place at = b.place(p);
@@ -299,7 +275,7 @@ struct Attention : Work {
   }
   const float* at(int64_t row, int64_t head) const { return projected + (row * (N + 2 * K) + head) * H; }
 
-  void unit(int64_t u, int64_t) override {  // one key/value head of one sequence
+  void unit(int64_t u) override {  // one key/value head of one sequence
     int64_t sequence = u / K, head = u % K, group = N / K, rows = group * R;
     const int32_t *from = low + sequence * R, *to = high + sequence * R;
     int64_t begin = S, end = 0;
@@ -375,7 +351,7 @@ struct Norm : Work {
   float *total, *y, epsilon;
   int64_t rows, D;
 
-  void unit(int64_t u, int64_t) override {
+  void unit(int64_t u) override {
     for (int64_t row = u * TOGETHER; row < std::min(rows, (u + 1) * TOGETHER); ++row) {
       float* t = total + row * D;
       Lanes squares = {};
@@ -399,7 +375,7 @@ struct Lookup : Work {
   float* y;
   int64_t D, C;
 
-  void unit(int64_t u, int64_t) override {
+  void unit(int64_t u) override {
     int64_t parts = (C + TOGETHER - 1) / TOGETHER, row = u / parts, first = u % parts * TOGETHER;
     int64_t last = std::min(C, first + TOGETHER);
     const int32_t* id = ids + row * C;
@@ -430,7 +406,7 @@ struct Largest : Work {
   int32_t* y;
   int64_t V, C;
 
-  void unit(int64_t row, int64_t) override {
+  void unit(int64_t row) override {
     if (C > 1) return classes(x + row * V, C, y + row * C);
     int32_t best[64];  // one class alone would be compared number after number
     int64_t count = std::min<int64_t>(V, 64);
@@ -466,7 +442,6 @@ class Team {
   }
 
   void run(std::shared_ptr<Work> work) {
-    work->left = static_cast<uint64_t>(work->units) << 32;
     bool leading = work->units >= 4 && !busy_.exchange(true);
     if (leading) {
       {
@@ -476,38 +451,16 @@ class Team {
       }
       if (asleep_.load()) wake_.notify_all();
     }
-    work->run(true);
+    work->run();
     while (work->finished.load(std::memory_order_acquire) < work->units) pause();
-    if (leading) {
-      if (work->weights) expect(*work);
-      busy_.store(false);
-    }
+    if (leading) busy_.store(false);
   }
 
  private:
-  // Steps repeat themselves: the weights that came after these the last time will come again. Whoever has no work begins
-  // with the end of them, where it will be asked to go on.
-  void expect(const Work& work) {
-    after_[last_] = {work.weights, work.size};
-    last_ = work.weights;
-    auto next = after_.find(last_);
-    if (next == after_.end()) return;
-    auto [weights, size] = next->second;
-    soon_.store(weights + size, std::memory_order_release);
-    soon_size_.store(std::min(size / 2, READY), std::memory_order_release);
-  }
-
   void help() {
     for (int64_t seen = 0;;) {
       auto begin = std::chrono::steady_clock::now();
-      const float* fetching = nullptr;
-      int64_t fetched = 0;
       while (calls_.load(std::memory_order_acquire) == seen) {
-        if (const float* soon = soon_.load(std::memory_order_acquire)) {
-          if (soon != fetching) fetching = soon, fetched = 0;
-          int64_t until = std::min(fetched + 64 * 16, soon_size_.load(std::memory_order_acquire));
-          for (; fetched < until; fetched += 16) __builtin_prefetch(soon - fetched - 16);
-        }
         for (int i = 0; i < 32; ++i) pause();
         std::this_thread::yield();
         if (std::chrono::steady_clock::now() - begin > std::chrono::milliseconds(3)) {
@@ -523,14 +476,10 @@ class Team {
         seen = calls_.load();
         work = work_;
       }
-      work->run(false);
+      work->run();
     }
   }
 
-  std::unordered_map<const float*, std::pair<const float*, int64_t>> after_;  // of the leading caller alone
-  const float* last_ = nullptr;
-  std::atomic<const float*> soon_{nullptr};  // end of the weights that are expected
-  std::atomic<int64_t> soon_size_{0};
   std::mutex mutex_;
   std::condition_variable wake_;
   std::shared_ptr<Work> work_;
