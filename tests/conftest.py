@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ import yaml
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test reaches the network
+
+# Shells start what they run in the background with Ctrl-C ignored, and whoever inherits that cannot be tested with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

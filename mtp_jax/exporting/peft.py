@@ -45,6 +45,7 @@ def write_peft(source: Source, folder: Path, dtype: np.dtype) -> None:
         "inference_mode": True,
     }
     folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", "warning": WARNING})
+    # One entry: the order of several would be by chance, and the file with it.
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"warning": WARNING})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(f"# LoRA without its gate\n\n**Warning.** {WARNING}\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.placement import parts_of
 
 # Float32 attention scores that may exist at a time, on each device.
-_SCORE_BYTES = 256 << 20
+_SCORE_BYTES = 64 << 20
 
 
 class LayerCache(NamedTuple):

@@ -18,10 +18,10 @@ def main():
     seen = {}
     original = run.Checkpoints.save
 
-    def save(self, state, batches):
+    def save(self, state, batches, best=None):
         seen["state"] = jax.tree.map(lambda x: (x.shape, x.sharding.shard_shape(x.shape)), state)
         seen["sharding"] = jax.tree.map(lambda x: x.sharding, state)
-        original(self, state, batches)
+        original(self, state, batches, best)
 
     run.Checkpoints.save = save
     for mesh in json.loads(sys.argv[2]):
