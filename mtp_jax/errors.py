@@ -13,9 +13,17 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 class UserError(Exception):
     """Something the user can mend: one complete sentence per fault, saying what, where and what would be right."""
 
+    code = 2
+
     def __init__(self, *faults: str):
         super().__init__("\n".join(faults))
         self.faults = faults
+
+
+class Unreachable(UserError):
+    """Something out of reach that may come back by itself: the same command may do later (EX_TEMPFAIL)."""
+
+    code = 75
 
 
 class Interrupted(Exception):
@@ -40,7 +48,7 @@ def _full_disk(error: BaseException | None) -> bool:
 def faults_of(error: BaseException) -> tuple[int, tuple[str, ...]] | None:
     """Exit code and faults of an error that the user can mend or has made on purpose; None for one that is ours."""
     if isinstance(error, UserError):
-        return 2, error.faults
+        return error.code, error.faults
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, ()
     if isinstance(error, Exception) and _full_disk(error):

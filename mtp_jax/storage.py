@@ -10,23 +10,24 @@ import importlib.util
 import json
 import os
 import secrets
-import shutil
 import socket
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mtp_jax.errors import UserError
+from mtp_jax.errors import Unreachable, UserError
 
 PREFIX = "gs://"
 CACHE = "~/.cache/mtp_jax/buckets"
 LOCK_SECONDS = "MTP_JAX_LOCK_SECONDS"
+_AT_ONCE = 8  # objects under way
 _BEATS = 6  # renewals of a lock in the time after which one that was not renewed is stale
 
 T = TypeVar("T")
@@ -46,8 +47,9 @@ def filesystem() -> Any:
     """
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError("paths in buckets (gs://) need a package: pip install 'mtp_jax[gcs]'.")
-    # Not the class that the package names first: it asks about buckets by gRPC, which needs further permissions and no
-    # server of one's own speaks.
+    # What the package would do by default, also for those who ask fsspec for it (JAX's compilation cache does), needs
+    # further permissions and a server that speaks gRPC.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     from gcsfs.core import GCSFileSystem
 
     # Other processes write too, so nothing that was listed may be remembered.
@@ -57,24 +59,28 @@ def filesystem() -> Any:
 
 def _asked(name: str, ask: Callable[[], T]) -> T:
     """What a bucket answers, or its refusal in one line."""
+    from aiohttp import ClientError
     from gcsfs.retry import HttpError
-    from google.auth.exceptions import GoogleAuthError
+    from google.auth.exceptions import GoogleAuthError, TransportError
 
     try:
         return ask()
     except FileNotFoundError as error:
         raise UserError(f"{name}: there is no such object or bucket.") from error
-    except (GoogleAuthError, HttpError, OSError) as error:
+    except FileExistsError:
+        raise
+    except (ClientError, GoogleAuthError, HttpError, OSError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        if isinstance(error, FileExistsError):
-            raise
-        if isinstance(error, GoogleAuthError) or getattr(error, "code", None) in (401, "401"):
+        code, kind = str(getattr(error, "code", "")), UserError
+        if code == "401" or (isinstance(error, GoogleAuthError) and not isinstance(error, TransportError)):
             remedy = "run: gcloud auth application-default login"
-        elif reason.startswith("Forbidden") or "Forbidden" in str(error):
-            remedy = "this account needs the role Storage Object Admin on the bucket"
+        elif "Forbidden" in str(error):
+            remedy = "this account needs the role Storage Object Admin on the bucket."
+        elif code.startswith("4"):
+            remedy = "is the bucket's name right?"
         else:
-            remedy = "is the bucket's name right, and the network up?"
-        raise UserError(f"{name}: the bucket cannot be used ({reason}); {remedy}") from error
+            remedy, kind = "is the network up? The same command goes on when it is.", Unreachable
+        raise kind(f"{name}: the bucket cannot be used ({reason}); {remedy}") from error
 
 
 def local(name: str, skip: Iterable[str] = ("checkpoints/", "logs/", ".lock")) -> Path:
@@ -117,17 +123,99 @@ def local(name: str, skip: Iterable[str] = ("checkpoints/", "logs/", ".lock")) -
     return copy
 
 
-def upload(folder: Path, to: str, last: str) -> None:
-    """Copy a local folder into a bucket; the file named `last` says that the others are there, and comes last.
+def listing(name: str) -> dict[str, int]:
+    """Size of each object below a folder of a bucket, by its path there; `name` itself, if it is one, is "".
+
+    Raises:
+        UserError: a bucket that cannot be read.
+    """
+    fs, key = filesystem(), _key(name).rstrip("/")
+    found = _asked(name, lambda: fs.find(key, detail=True))
+    return {
+        path.removeprefix(key).lstrip("/"): int(entry["size"])
+        for path, entry in found.items()
+        if (path == key or path.startswith(key + "/")) and not path.endswith("/")
+    }
+
+
+def _below(folder: str, path: str) -> str:
+    return f"{folder}/{path}" if path else folder
+
+
+def _each(do: Callable[[str], Any], paths: Iterable[str]) -> None:
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        list(threads.map(do, paths))
+
+
+def download(folder: str, paths: Iterable[str], to: Path) -> None:
+    """Copy objects below a folder of a bucket to where they stand below a local one; each is whole or absent.
+
+    Raises:
+        UserError: a bucket that cannot be read, or an object that is not there.
+    """
+    fs = filesystem()
+
+    def get(path: str) -> None:
+        whole = to / path
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        part = whole.with_name(f".{whole.name}.part")
+        _asked(folder, lambda: fs.get_file(_key(_below(folder, path)), str(part)))
+        part.replace(whole)
+
+    _each(get, paths)
+
+
+def upload(folder: Path, paths: Iterable[str], to: str) -> None:
+    """Copy files below a local folder to where they stand below a folder of a bucket.
 
     Raises:
         UserError: a bucket that cannot be written.
     """
     fs = filesystem()
-    with suppress(UserError):
-        _asked(to, lambda: fs.rm_file(_key(f"{to}/{last}")))
-    for path in sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.name == last):
-        _asked(to, lambda path=path: fs.put_file(str(path), _key(f"{to}/{path.relative_to(folder).as_posix()}")))
+    _each(lambda path: _asked(to, lambda: fs.put_file(str(folder / path), _key(f"{to}/{path}"))), paths)
+
+
+def replace(folder: Path, to: str, last: str) -> None:
+    """Make a folder of a bucket what a local one is; its file `last` says that the others are there, and comes last.
+
+    Raises:
+        UserError: a bucket that cannot be written.
+    """
+    new = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    remove(to, last, (path for path in listing(to) if path not in new))
+    upload(folder, (path for path in new if path != last), to)
+    upload(folder, [last], to)
+
+
+def remove(folder: str, first: str, paths: Iterable[str]) -> None:
+    """Delete objects below a folder of a bucket, the one that says that they are all there `first`.
+
+    Raises:
+        UserError: a bucket that cannot be written.
+    """
+    fs = filesystem()
+
+    def delete(path: str) -> None:
+        def ask() -> None:
+            with suppress(FileNotFoundError):
+                fs.rm_file(_key(_below(folder, path)))
+
+        _asked(folder, ask)
+
+    delete(first)
+    _each(delete, (path for path in paths if path != first))
+
+
+def move(folder: str, to: str, last: str) -> None:
+    """Give a folder of a bucket another name, by copies; `last` says that all objects are there.
+
+    Raises:
+        UserError: a bucket that cannot be written.
+    """
+    fs, paths = filesystem(), list(listing(folder))
+    for some in ([path for path in paths if path != last], [path for path in paths if path == last]):
+        _each(lambda path: _asked(to, lambda: fs.cp_file(_key(f"{folder}/{path}"), _key(f"{to}/{path}"))), some)
+    remove(folder, last, paths)
 
 
 def write(name: str, content: bytes) -> None:
@@ -222,14 +310,21 @@ class BucketLock:
 
     def _look(self) -> tuple[str, dict[str, Any]] | None:
         """Generation and owner of the lock; None where there is none."""
-        try:
-            generation = self._call("GET", "b/{}/o/{}", self.bucket, self.name, json_out=True)["generation"]
-            _, content = self._call("GET", "b/{}/o/{}", self.bucket, self.name, alt="media", generation=generation)
-        except FileNotFoundError:
+
+        def ask() -> tuple[str, bytes] | None:
+            with suppress(FileNotFoundError):
+                generation = self._call("GET", "b/{}/o/{}", self.bucket, self.name, json_out=True)["generation"]
+                return generation, self._call(
+                    "GET", "b/{}/o/{}", self.bucket, self.name, alt="media", generation=generation
+                )[1]
+            return None
+
+        found = _asked(self.folder, ask)
+        if found is None:
             return None
         with suppress(ValueError):
-            return generation, json.loads(content)
-        return generation, {}
+            return found[0], json.loads(found[1])
+        return found[0], {}
 
     def _take_a_stale_one(self) -> None:
         first, watched = self._look(), time.monotonic()
@@ -273,8 +368,5 @@ class BucketLock:
 
 
 def scratch_for(name: str) -> Path:
-    """A folder of this machine for files on their way into a bucket, which are worth nothing after a crash."""
-    folder = Path(CACHE).expanduser() / "on-the-way" / hashlib.sha256(name.encode()).hexdigest()[:20]
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+    """The folder of this machine for files on their way into a bucket, which are worth nothing after a crash."""
+    return Path(CACHE).expanduser() / "on-the-way" / hashlib.sha256(name.encode()).hexdigest()[:20]

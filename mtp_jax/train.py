@@ -1,6 +1,7 @@
 """`python -m mtp_jax.train --config FILE [dotted.key=value ...]`: run or resume a training run."""
 
 import argparse
+from pathlib import PurePath
 
 from mtp_jax.errors import run_command
 
@@ -23,7 +24,7 @@ def main() -> None:
 
         out = train(config)
         if processes.is_first():
-            print(f"{out.name}: {out}")
+            print(f"{PurePath(out).name}: {out}")
 
 
 if __name__ == "__main__":

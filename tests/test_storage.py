@@ -58,7 +58,8 @@ def test_what_is_not_there_or_forbidden_is_one_line(bucket):
 def test_the_file_that_says_that_all_is_there_comes_last(bucket, tmp_path):
     for name in ("a", "mtp_config.json", "z"):
         (tmp_path / name).write_text(name)
-    storage.upload(tmp_path, "gs://b/out", "mtp_config.json")
+    storage.write("gs://b/out/stale", b"")
+    storage.replace(tmp_path, "gs://b/out", "mtp_config.json")
     assert bucket.names("b", "out/") == ["out/a", "out/mtp_config.json", "out/z"]
     order = [content[1] for name, content in sorted(bucket.buckets["b"].objects.items())]
     assert max(order) == bucket.buckets["b"].generation("out/mtp_config.json")

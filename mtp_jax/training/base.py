@@ -24,7 +24,10 @@ from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, init_params, weight_table
 from mtp_jax.storage import local
 from mtp_jax.training import processes
+from mtp_jax.training.run_folder import RunFolder
 from mtp_jax.training.sharding import table_sharding, weight_sharding
+
+_TOKENIZER = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def check_base(config: Config) -> Any | None:
     return tokenizer
 
 
-def find_base(config: Config, training: list[Documents], run_dir: Path) -> Base:
+def find_base(config: Config, training: list[Documents], run: RunFolder) -> Base:
     """Read geometry and tokenizer; a new model's tokenizer is trained on the training documents, once per run.
 
     Raises:
@@ -86,15 +89,18 @@ def find_base(config: Config, training: list[Documents], run_dir: Path) -> Base:
     scratch = config.model.scratch
     g = Geometry.from_config(scratch.config, "model.scratch.config")
     if isinstance(scratch.tokenizer, TokenizerRecipe):
-        tokens = run_dir / "tokenizer"
+        tokens = run.path / "tokenizer"
         vocabulary = scratch.tokenizer.vocabulary
 
         def train_once() -> None:
+            run.pull(tokens, last=_TOKENIZER)
             if not tokens.is_dir():
                 texts = (document.text() for source in training for document in source)
                 save_tokenizer(train_tokenizer(texts, vocabulary), tokens)
+                run.push_result(tokens, last=_TOKENIZER)
 
         processes.from_first(train_once)
+        run.pull(tokens)
     else:
         tokens = local(scratch.tokenizer)
     return Base(g, scratch.config, load_tokenizer(tokens, g), None)

@@ -5,7 +5,8 @@
     checkpoints/120/manifest.json  size and sha256 of every other file, written last: without it 120 was never finished
 
 A damaged checkpoint is set aside as 120.damaged and kept, one that was never finished as 120.unfinished until the next
-one is.
+one is. In a bucket, each process sends the files it wrote, and the first one the manifest, when all have said that
+theirs are there; this machine then keeps nothing but the manifest.
 """
 
 import json
@@ -27,7 +28,8 @@ from mtp_jax.config import Checkpoints as CheckpointConfig
 from mtp_jax.data.pipeline import merge_states
 from mtp_jax.errors import FULL_DISK, UserError, warn
 from mtp_jax.training import processes
-from mtp_jax.training.manifest import MANIFEST, fault_of, read_manifest, write_manifest
+from mtp_jax.training.manifest import MANIFEST, digests, fault_of, read_manifest, write_manifest
+from mtp_jax.training.run_folder import RunFolder
 from mtp_jax.training.step import TrainState
 
 
@@ -37,13 +39,14 @@ class Checkpoints:
     Use as a context: on the way out, saves still under way are finished, and their errors raised.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, first_row: int = 0):
+    def __init__(self, run: RunFolder, config: CheckpointConfig, first_row: int = 0):
         """`first_row`: the first sequence of the batch that this process feeds."""
         # Orbax warns of choices made here on purpose and logs, with tracebacks, the errors that it then raises; asyncio
         # does so for the arrays that were not waited for after the first error.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        self.folder, self.config, self.first_row = folder.absolute(), config, first_row
+        self.run, self.folder = run, (run.path / "checkpoints").absolute()
+        self.config, self.first_row = config, first_row
         # Two queues of one thread each: Orbax may save the next checkpoint while the one before is still hashed.
         self.committer, self.sealer = ThreadPoolExecutor(1, "commit"), ThreadPoolExecutor(1, "seal")
         self.saved: Future[None] | None = None
@@ -60,13 +63,14 @@ class Checkpoints:
         return processes.from_first(self._newest_whole)
 
     def _newest_whole(self) -> int | None:
+        self.run.pull_names(self.folder, MANIFEST)
         steps = sorted(self._steps(), reverse=True)
         for step in steps:
             if self._is_whole(step):
                 return step
         if steps:
             warn(
-                f"{self.folder}: no whole checkpoint is left. The run starts afresh from step 0; its records are "
+                f"{self._name()}: no whole checkpoint is left. The run starts afresh from step 0; its records are "
                 "written anew, and come out the same."
             )
         return None
@@ -76,18 +80,22 @@ class Checkpoints:
         return processes.from_first(lambda: self._is_whole(step))
 
     def _is_whole(self, step: int) -> bool:
-        path = self.folder / str(step)
+        path, name = self.folder / str(step), self._name(step)
         if not path.is_dir():
             return False
         if not (path / MANIFEST).exists():
             aside = self._set_aside(path, "unfinished")
-            warn(f"{path}: this checkpoint was never finished, it has no {MANIFEST}; set aside as {aside.name}.")
+            warn(f"{name}: this checkpoint was never finished, it has no {MANIFEST}; set aside as {aside.name}.")
             return False
+        self.run.pull(path)
         fault = fault_of(path)
         if fault is not None:
             aside = self._set_aside(path, "damaged")
-            warn(f"{path}: this checkpoint is damaged: {fault}. It is set aside as {aside.name}.")
+            warn(f"{name}: this checkpoint is damaged: {fault}. It is set aside as {aside.name}.")
         return fault is None
+
+    def _name(self, step: int | None = None) -> str:
+        return self.run.name(self.folder if step is None else self.folder / str(step))
 
     def _steps(self) -> list[int]:
         try:
@@ -102,9 +110,12 @@ class Checkpoints:
         names = (path.with_name(f"{path.name}.{why}{'' if n == 1 else f'-{n}'}") for n in range(1, 1000))
         aside = next(name for name in names if not name.exists())
         try:
-            return path.rename(aside)
+            path.rename(aside)
         except OSError as error:
             raise UserError(f"{path}: {why}, and it cannot be renamed to {aside.name} ({error.strerror}).") from error
+        self.run.move(path, aside, MANIFEST)
+        self.run.drop(aside, MANIFEST)
+        return aside
 
     def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator | None = None) -> TrainState:
         """The state of a whole checkpoint, placed like `like` (shapes and shardings); `batches` moves to where it was.
@@ -113,7 +124,10 @@ class Checkpoints:
             UserError: a checkpoint that does not fit.
         """
         path = self.folder / str(step)
+        self.run.pull(path)
         try:
+            if self.run.bucket and not processes.is_first() and (fault := fault_of(path)):
+                raise ValueError(f"it did not arrive as it was sent: {fault}")
             if batches is not None:
                 files = [name for name in read_manifest(path)["files"] if name.startswith("data/")]
                 batches.set_state(merge_states([json.loads((path / name).read_text()) for name in sorted(files)]))
@@ -122,10 +136,12 @@ class Checkpoints:
         except Exception as error:  # what does not fit shows as whatever the reader stumbles over
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"{path}: the checkpoint is whole and yet cannot be restored ({reason}); "
+                f"{self._name(step)}: the checkpoint is whole and yet cannot be restored ({reason}); "
                 "delete this folder to resume from the one before it."
             ) from error
-        return jax.block_until_ready(TrainState(**restored))
+        state = jax.block_until_ready(TrainState(**restored))
+        self.run.drop(path, MANIFEST)
+        return state
 
     # ---- saving
 
@@ -140,10 +156,10 @@ class Checkpoints:
         step = int(state.step)
         path = self.folder / str(step)
         self._write_data(path / "data", batches.get_state())
-        checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        checkpointer, form = _checkpointer(shared=self.run.bucket is None)
         if self.saved is not None:
             self.saved.result()
-        checkpointer.save(path / "state", args=ocp.args.StandardSave(state._asdict()))
+        checkpointer.save(path / "state", args=form(state._asdict()))
         self.saved = self.committer.submit(_commit, checkpointer)
         self.pending.append(self.sealer.submit(self._seal, step, best, self.saved))
 
@@ -158,9 +174,24 @@ class Checkpoints:
 
     def _seal(self, step: int, best: int | None, saved: "Future[None]") -> None:
         saved.result()
+        path, apart = self.folder / str(step), self.run.bucket is not None
+        if processes.is_first() or apart:
+            files = digests(path)
+        if apart and not processes.is_first():
+            self.run.push(path)
+        if apart:
+            self.run.push_records()  # of this step and maybe more; those of no later one are ever missing
+            # Where processes wrote a file of the same name, what the first one wrote counts, and is sent last.
+            told = processes.to_first(f"checkpoint/{step}", files)
+            files = {name: entry for some in reversed(told) for name, entry in some.items()}
         if processes.is_first():
-            write_manifest(self.folder / str(step), step)
+            self.run.push(path)
+            write_manifest(path, step, files)
+            self.run.push(path / MANIFEST)
+            self.run.drop(path, MANIFEST)
             self._prune(step, best)
+        elif apart:
+            shutil.rmtree(path)
 
     def _prune(self, newest: int, best: int | None) -> None:
         """Keep the newest checkpoints and the best one; nothing newer than `newest` is touched."""
@@ -168,8 +199,10 @@ class Checkpoints:
         finished = [step for step in steps if (self.folder / str(step) / MANIFEST).exists()]
         for step in set(steps) - {*finished[-self.config.keep :], best}:
             (self.folder / str(step) / MANIFEST).unlink(missing_ok=True)  # half removed is as never finished
+            self.run.remove(self.folder / str(step), MANIFEST)
             shutil.rmtree(self.folder / str(step))
         for path in self.folder.glob("*.unfinished*"):
+            self.run.remove(path, MANIFEST)
             shutil.rmtree(path, ignore_errors=True)
 
     def finish(self) -> None:
@@ -198,11 +231,20 @@ class Checkpoints:
         self.sealer.shutdown()
         if failure is not None and isinstance(error, UserError):
             raise UserError(
-                *error.faults, f"{self.folder}: the last checkpoint was not saved ({failure})."
+                *error.faults, f"{self._name()}: the last checkpoint was not saved ({failure})."
             ) from failure
         if failure is not None:
             raise failure
         sys.unraisablehook = self.say_unraisable
+
+
+def _checkpointer(shared: bool) -> tuple[ocp.AsyncCheckpointer, Any]:
+    """Of processes that share a folder, or have one each; files of the latter can be put together by copying alone."""
+    if shared:
+        return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler()), ocp.args.StandardSave
+    each = ocp.options.MultiprocessingOptions(primary_host=None)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=each)
+    return ocp.AsyncCheckpointer(handler, multiprocessing_options=each), ocp.args.PyTreeSave
 
 
 def _commit(checkpointer: ocp.AsyncCheckpointer) -> None:

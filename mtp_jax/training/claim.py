@@ -10,48 +10,61 @@ import yaml
 
 from mtp_jax.config import Config, dump
 from mtp_jax.errors import FULL_DISK, UserError
+from mtp_jax.storage import BucketLock
+from mtp_jax.training.run_folder import RunFolder
 
 # A run may continue with other values of these; anything else would change what it computes.
 FREE = ("output_dir", "checkpoints", "logging", "compilation_cache", "mesh")
 
 
 @contextlib.contextmanager
-def claim(run_dir: Path, config: Config) -> Iterator[None]:
-    """Within: the output folder is this run's and no other process's. The system lifts the lock when a process ends."""
-    written = run_dir / "config.yaml"
+def claim(run: RunFolder, config: Config) -> Iterator[None]:
+    """Within: the output folder is this run's and no other process's."""
+    written = run.path / "config.yaml"
+    with _locked(run.path) if run.bucket is None else BucketLock(run.bucket):
+        run.begin()
+        run.pull(written)
+        if written.exists():
+            _check_same_run(run, written, config)
+        part = run.path / ".config.yaml.part"
+        part.write_text(dump(config), encoding="utf-8")
+        part.replace(written)
+        run.push(written)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Within: a folder is this process's. The system lifts the lock when a process ends."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("a")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
     except OSError as error:
         if error.errno in FULL_DISK:
             raise
-        raise UserError(f"output_dir: {run_dir} cannot be written ({error.strerror}).") from error
+        raise UserError(f"output_dir: {folder} cannot be written ({error.strerror}).") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"output_dir: {run_dir} is in use by another run that has not ended.") from error
-        if written.exists():
-            _check_same_run(written, config)
-        part = run_dir / ".config.yaml.part"
-        part.write_text(dump(config), encoding="utf-8")
-        part.replace(written)
+            raise UserError(f"output_dir: {folder} is in use by another run that has not ended.") from error
         yield
 
 
-def _check_same_run(written: Path, config: Config) -> None:
+def _check_same_run(run: RunFolder, written: Path, config: Config) -> None:
     try:
         before = yaml.safe_load(written.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         before = None
     if not isinstance(before, dict):
         raise UserError(
-            f"output_dir: {written} is damaged; choose another output_dir, or delete this one to start afresh."
+            f"output_dir: {run.name(written)} is damaged; choose another output_dir, or delete this one to start "
+            "afresh."
         )
     changed = [path for path in _changes(before, config.model_dump()) if path.split(".")[0] not in FREE]
     if changed:
         raise UserError(
-            f"output_dir: {written.parent} holds a run with other values of {', '.join(changed)}; "
+            f"output_dir: {run.name()} holds a run with other values of {', '.join(changed)}; "
             "choose another output_dir, or delete this one to start afresh."
         )
 

@@ -11,15 +11,22 @@ MANIFEST = "manifest.json"
 _THREADS = 4  # hashing leaves Python's lock; more would only compete for the disk
 
 
-def write_manifest(folder: Path, step: int) -> None:
-    """Put every file of a checkpoint on disk and into the manifest, which then appears whole or not at all."""
+Files = dict[str, dict[str, Any]]
+
+
+def digests(folder: Path) -> Files:
+    """Size and sha256 of every file of a checkpoint, which is on disk from then on."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     with ThreadPoolExecutor(_THREADS) as threads:
-        digests = list(threads.map(lambda path: _digest(path, sync=True), paths))
-    files = {
+        found = list(threads.map(lambda path: _digest(path, sync=True), paths))
+    return {
         path.relative_to(folder).as_posix(): {"bytes": size, "sha256": digest}
-        for path, (size, digest) in zip(paths, digests, strict=True)
+        for path, (size, digest) in zip(paths, found, strict=True)
     }
+
+
+def write_manifest(folder: Path, step: int, files: Files) -> None:
+    """Write what a checkpoint consists of; the manifest appears whole or not at all."""
     content = {"step": step, "files": files}
     part = folder / f".{MANIFEST}.part"
     with part.open("w", encoding="utf-8") as file:

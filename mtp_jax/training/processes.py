@@ -142,9 +142,27 @@ def from_first(make: Callable[[], T]) -> T:
         value = make()
         client.key_value_set(key, json.dumps(value))
         return value
+    return _wait_for(key)
+
+
+def to_first(about: str, value: T) -> list[T]:
+    """In the first process, what each gives about a thing, as JSON allows; in others only their own.
+
+    All processes call this, once for each thing, and only the first one waits.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    client, key = _client(), f"mtp_jax/about/{about}"
+    if not is_first():
+        client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+        return [value]
+    return [value, *(_wait_for(f"{key}/{i}") for i in range(1, jax.process_count()))]
+
+
+def _wait_for(key: str) -> Any:
     while True:
         with contextlib.suppress(_TimeUp), _timeouts():
-            return json.loads(client.blocking_key_value_get(key, 60_000))
+            return json.loads(_client().blocking_key_value_get(key, 60_000))
 
 
 def _client() -> Any:

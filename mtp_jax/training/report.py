@@ -14,6 +14,7 @@ from mtp_jax.mtp.adapter_folder import find_adapter, read_shape
 from mtp_jax.training import sharding
 from mtp_jax.training.base import find_base
 from mtp_jax.training.program import build_program
+from mtp_jax.training.run_folder import RunFolder
 from mtp_jax.training.tasks import MultiTokenTask
 
 
@@ -54,7 +55,7 @@ def adapter_figures(
     )
     mesh = sharding.make_mesh(config.mesh)
     with sharding.on(mesh):
-        base = find_base(config, [], Path())
+        base = find_base(config, [], RunFolder(config.output_dir))
         program = build_program(config, base.g, mesh)
         task = MultiTokenTask(config, base, program, lambda batch: jax.device_put(dict(batch)))
         trained = task.start()

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mtp_jax import storage
 from mtp_jax.config import Config
 from mtp_jax.data.pipeline import Batch, held_out_batches, training_batches
 from mtp_jax.data.sources import read_sources
@@ -27,11 +28,12 @@ from mtp_jax.training.journal import Journal, Trackers, check_trackers
 from mtp_jax.training.program import build_program, check_divides
 from mtp_jax.training.progress import ProgressBar
 from mtp_jax.training.recorder import Recorder
+from mtp_jax.training.run_folder import RunFolder
 from mtp_jax.training.step import TrainState
 from mtp_jax.training.tasks import MultiTokenTask, check_adapter, make_task
 
 
-def train(config: Config) -> Path:
+def train(config: Config) -> str:
     """Run `config`, continuing from the newest checkpoint in its output folder; returns the finished model's folder.
 
     Raises:
@@ -41,7 +43,8 @@ def train(config: Config) -> Path:
     # ---- where everything lies, checked before anything is written
     mesh = sharding.make_mesh(config.mesh)
     check_divides(config, mesh)
-    run_dir = Path(config.output_dir).expanduser()
+    run = RunFolder(config.output_dir)
+    run_dir = run.path
     training, held_out = read_sources(config.data)
     if config.evaluation.every is not None and not held_out:
         raise UserError(
@@ -58,15 +61,17 @@ def train(config: Config) -> Path:
     rows = sharding.rows_here(spread, config.train.batch_size)  # of each batch, what this process feeds
 
     with (
-        claim(run_dir, config) if processes.is_first() else nullcontext(),
+        claim(run, config) if processes.is_first() else nullcontext(),
+        run,
         sharding.on(mesh),
-        Checkpoints(run_dir / "checkpoints", config.checkpoints, rows[0]) as checkpoints,
+        Checkpoints(run, config.checkpoints, rows[0]) as checkpoints,
     ):
         processes.from_first(lambda: None)  # the folder is ours
+        _bring_records(run)
         processes.log_to(run_dir / "logs")
 
         # ---- model, data, objective
-        base = find_base(config, training, run_dir)
+        base = find_base(config, training, run)
 
         def place(batch: Batch) -> dict[str, jax.Array]:
             arrays = {name: np.asarray(value) for name, value in batch.items() if name != "documents"}
@@ -126,7 +131,7 @@ def train(config: Config) -> Path:
             Interruption(mesh, progress.say) as interruption,
         ):
             if start:
-                progress.say(f"resuming {run_dir} from step {start}")
+                progress.say(f"resuming {run.name()} from step {start}")
             for line in supervision:
                 progress.say(line)
             progress.say(
@@ -176,12 +181,28 @@ def train(config: Config) -> Path:
                 state = checkpoints.restore(best.step, program.state)
                 task.write(run_dir / "best", state.trained, best.figures)
             elif best.step is not None and processes.is_first():
-                warn(f"step {best.step} was the best, and its checkpoint is lost: {run_dir / 'best'} is not written.")
+                where = run.name(run_dir / "best")
+                warn(f"step {best.step} was the best, and its checkpoint is lost: {where} is not written.")
             if best.step is not None and processes.is_first():
                 best.write(run_dir / "best.json")
             for journal in (metrics, timing, trackers):
                 journal.close()
-    return out
+            if processes.is_first():
+                for result in (run_dir / "best" / out.name, out):
+                    if result.is_dir():
+                        run.push_result(result, task.last)
+                run.push(run_dir / "best.json")
+    return run.name(out)
+
+
+def _bring_records(run: RunFolder) -> None:
+    """What an earlier start of a run in a bucket has recorded; each process works on its own part."""
+    if not processes.is_first():
+        run.begin()
+        run.pull(run.path / "logs" / f"process-{jax.process_index()}.log")
+        return
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        run.pull(run.path / name)
 
 
 def _link(folder: Path, to: Path) -> None:
@@ -200,6 +221,11 @@ def _check_trainable(placed: dict[str, Any], everywhere: jax.sharding.Sharding |
 
 
 def enable_compilation_cache(folder: str | None) -> None:
-    """Keep compiled programs between runs."""
-    if folder is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+    """Keep compiled programs between runs, also in a bucket."""
+    if folder is None:
+        return
+    if storage.is_bucket(folder):
+        storage.listing(f"{folder}/.any")  # said now and in one line, and not at each program
+    else:
+        folder = str(Path(folder).expanduser())
+    jax.config.update("jax_compilation_cache_dir", folder)

@@ -20,7 +20,7 @@ from mtp_jax.model.folder import find_folder, read_geometry, read_json, stop_ids
 from mtp_jax.model.folder_writer import parameter_count, write_folder
 from mtp_jax.model.weights import Params
 from mtp_jax.mtp.adapter import init_adapter
-from mtp_jax.mtp.adapter_folder import find_adapter, fingerprint, load_adapter, write_adapter
+from mtp_jax.mtp.adapter_folder import CONFIG, find_adapter, fingerprint, load_adapter, write_adapter
 from mtp_jax.mtp.estimate import Continuations, Estimator, table
 from mtp_jax.mtp.losses import MultiTokenLoss
 from mtp_jax.training.base import Base, load_base
@@ -34,6 +34,7 @@ class Task(Protocol):
     """An objective with everything a run needs around it."""
 
     frozen: Params | None
+    last: str  # a file of the result's folder, without which it is not whole
 
     def start(self) -> Params:
         """Fresh values of what is trained."""
@@ -53,7 +54,7 @@ def make_task(config: Config, base: Base, program: Program, place: Callable[[Bat
 class NextTokenTask:
     """Trains all base weights, in float32, and writes a Hugging Face folder."""
 
-    frozen = None
+    frozen, last = None, "config.json"
 
     def __init__(self, config: Config, base: Base, program: Program, place: Callable[[Batch], Any]):
         assert isinstance(program.objective, NextToken)
@@ -82,6 +83,8 @@ class NextTokenTask:
 
 class MultiTokenTask:
     """Trains gated LoRA, masks and sampler beside the frozen base, and writes an adapter folder."""
+
+    last = CONFIG
 
     def __init__(self, config: Config, base: Base, program: Program, place: Callable[[Batch], Any]):
         assert base.folder is not None and isinstance(program.objective, MultiTokenLoss)

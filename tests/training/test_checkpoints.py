@@ -14,6 +14,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.training import checkpoints as module
 from mtp_jax.training.checkpoints import Checkpoints
 from mtp_jax.training.program import abstract
+from mtp_jax.training.run_folder import RunFolder
 from mtp_jax.training.step import TrainState
 
 
@@ -35,7 +36,7 @@ def state(step):
 
 
 def save(folder, steps, best=None, **section):
-    with Checkpoints(folder, Section(**section)) as checkpoints:
+    with Checkpoints(RunFolder(str(folder.parent)), Section(**section)) as checkpoints:
         for step in steps:
             checkpoints.save(state(step), Counter(step), best)
     return folder
@@ -47,7 +48,7 @@ def names(folder):
 
 def restore(folder):
     """The step that a run would go on from, its weights and its iterator's place."""
-    with Checkpoints(folder, Section()) as checkpoints:
+    with Checkpoints(RunFolder(str(folder.parent)), Section()) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             return None
@@ -62,25 +63,25 @@ def restore(folder):
 
 @pytest.mark.parametrize(("keep", "best", "kept"), [(2, None, ["4", "5"]), (1, 2, ["2", "5"]), (3, 4, ["3", "4", "5"])])
 def test_the_newest_and_the_best_are_kept(tmp_path, keep, best, kept):
-    assert names(save(tmp_path / "c", [1, 2, 3, 4, 5], best, keep=keep)) == kept
-    assert restore(tmp_path / "c") == 5
+    assert names(save(tmp_path / "checkpoints", [1, 2, 3, 4, 5], best, keep=keep)) == kept
+    assert restore(tmp_path / "checkpoints") == 5
 
 
 def test_hashing_does_not_hold_up_the_next_save(tmp_path, monkeypatch):
     write = module.write_manifest
 
-    def slowly(folder, step):
+    def slowly(*arguments):
         time.sleep(2)
-        write(folder, step)
+        write(*arguments)
 
     monkeypatch.setattr(module, "write_manifest", slowly)
-    with Checkpoints(tmp_path / "c", Section()) as checkpoints:
+    with Checkpoints(RunFolder(str(tmp_path)), Section()) as checkpoints:
         checkpoints.save(state(1), Counter(1))
         begun = time.monotonic()
         checkpoints.save(state(2), Counter(2))
         assert time.monotonic() - begun < 1.5
-        assert not (tmp_path / "c" / "1" / "manifest.json").exists()
-    assert (tmp_path / "c" / "2" / "manifest.json").exists()
+        assert not (tmp_path / "checkpoints" / "1" / "manifest.json").exists()
+    assert (tmp_path / "checkpoints" / "2" / "manifest.json").exists()
 
 
 def kinds(folder):
@@ -120,7 +121,7 @@ def test_whatever_is_damaged_the_one_before_is_used(tmp_path, capsys, how):
 
 
 def test_without_a_whole_checkpoint_the_run_starts_afresh(tmp_path, capsys):
-    folder = save(tmp_path / "c", [1, 2])
+    folder = save(tmp_path / "checkpoints", [1, 2])
     for step in ("1", "2"):
         (folder / step / "data" / "0.json").write_text("{}")
     assert restore(folder) is None
@@ -129,7 +130,7 @@ def test_without_a_whole_checkpoint_the_run_starts_afresh(tmp_path, capsys):
 
 
 def test_what_is_set_aside_twice_keeps_two_names_and_the_unfinished_goes(tmp_path):
-    folder = save(tmp_path / "c", [1, 2])
+    folder = save(tmp_path / "checkpoints", [1, 2])
     for _ in range(2):
         (folder / "2" / "data" / "0.json").unlink()
         assert restore(folder) == 1
@@ -142,9 +143,9 @@ def test_what_is_set_aside_twice_keeps_two_names_and_the_unfinished_goes(tmp_pat
 
 def test_the_iterators_of_several_processes_are_handed_over_together(tmp_path, monkeypatch):
     for row in (0, 8):
-        with Checkpoints(tmp_path / "c", Section(), first_row=row) as checkpoints:
-            checkpoints._write_data(tmp_path / "c" / "3" / "data", {"lanes": {str(row): 1}})
-    with Checkpoints(tmp_path / "c", Section()) as checkpoints:
+        with Checkpoints(RunFolder(str(tmp_path)), Section(), first_row=row) as checkpoints:
+            checkpoints._write_data(tmp_path / "checkpoints" / "3" / "data", {"lanes": {str(row): 1}})
+    with Checkpoints(RunFolder(str(tmp_path)), Section()) as checkpoints:
         checkpoints.save(state(3), Counter(3))
         checkpoints.finish()
         handed = []
@@ -152,10 +153,13 @@ def test_the_iterators_of_several_processes_are_handed_over_together(tmp_path, m
         like = state(0)
         checkpoints.restore(3, abstract(like, jax.tree.map(lambda leaf: leaf.sharding, like)), Counter())
     assert handed == [[{"lanes": {"0": 3}}, {"lanes": {"8": 1}}]]
-    assert json.loads((tmp_path / "c" / "3" / "data" / "8.json").read_text()) == {"lanes": {"8": 1}}
+    assert json.loads((tmp_path / "checkpoints" / "3" / "data" / "8.json").read_text()) == {"lanes": {"8": 1}}
 
 
 def test_a_checkpoint_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "c").write_text("mine")
-    with Checkpoints(tmp_path / "c", Section()) as checkpoints, pytest.raises(UserError, match="cannot be written"):
+    (tmp_path / "checkpoints").write_text("mine")
+    with (
+        Checkpoints(RunFolder(str(tmp_path)), Section()) as checkpoints,
+        pytest.raises(UserError, match="cannot be written"),
+    ):
         checkpoints.latest()

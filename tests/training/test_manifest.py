@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mtp_jax.training.manifest import MANIFEST, fault_of, write_manifest
+from mtp_jax.training.manifest import MANIFEST, digests, fault_of, write_manifest
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def checkpoint(tmp_path):
     (folder / "data").mkdir()
     for i, name in enumerate(("state/d/aa", "state/_METADATA", "data/0.json", "data/1.json", "empty")):
         (folder / name).write_bytes(bytes([i]) * 100 * min(i, 3))
-    write_manifest(folder, 7)
+    write_manifest(folder, 7, digests(folder))
     return folder
 
 

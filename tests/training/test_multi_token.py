@@ -51,7 +51,7 @@ def adapter_tree(tree, base):
 
 def test_a_run_trains_the_adapter_alone_and_writes_it(adapter_tree, base):
     before = listing(base)
-    out = train(validate(adapter_tree, "tree"))
+    out = Path(train(validate(adapter_tree, "tree")))
     run_dir = Path(adapter_tree["output_dir"])
     assert out == run_dir / "adapter" and listing(base) == before
     shape, adapter = load_adapter(out, read_geometry(base), base)
@@ -87,12 +87,12 @@ def test_the_base_does_not_move_unless_ungated(adapter_tree):
 
 
 def test_an_adapter_can_be_trained_on(adapter_tree):
-    first = train(validate(adapter_tree, "tree"))
+    first = Path(train(validate(adapter_tree, "tree")))
     tree = {**adapter_tree, "output_dir": adapter_tree["output_dir"] + "-more"}
     tree["model"] = {**tree["model"], "adapter": str(first)}
     tree["mtp"] = {"masks": 2}
     tree["train"] = {**tree["train"], "steps": 1, "warmup_steps": 0, "learning_rate": 1e-9}
-    more = train(validate(tree, "tree"))
+    more = Path(train(validate(tree, "tree")))
     assert read_shape(more).masks == 2
     a, b = load_file(first / "adapter.safetensors"), load_file(more / "adapter.safetensors")
     assert np.allclose(a["mtp.masks"][:2], b["mtp.masks"], atol=1e-7)
@@ -101,7 +101,7 @@ def test_an_adapter_can_be_trained_on(adapter_tree):
 
 def test_a_killed_run_ends_like_an_undisturbed_one(adapter_tree, write_config, start, finish):
     plain = {**adapter_tree, "output_dir": adapter_tree["output_dir"] + "-plain"}
-    undisturbed = train(validate(plain, "tree")).parent
+    undisturbed = Path(train(validate(plain, "tree"))).parent
     config, folder = write_config(adapter_tree), Path(adapter_tree["output_dir"])
     for point, count in [("line", 5), ("begun", 1)]:
         script = [os.fspath(DISTURBED), point, str(count), "kill"]
@@ -190,7 +190,7 @@ def lesson(make_tree, tmp_path_factory):
     tree["data"] = {"sources": [{"kind": "text", "path": str(texts)}], "held_out": 0.2}
     tree["train"] |= {"steps": 120, "learning_rate": 1e-2, "batch_size": 8}
     tree["evaluation"], tree["checkpoints"] = {}, {"every": 1000}
-    return Lesson(train(validate(tree, "tree")), texts)
+    return Lesson(Path(train(validate(tree, "tree"))), texts)
 
 
 def test_each_part_matters(lesson):
@@ -240,7 +240,7 @@ def test_a_wrong_setting_is_one_clear_line(adapter_tree, write_config, command, 
 
 
 def test_an_adapter_that_does_not_fit_is_refused(adapter_tree, write_config, command, tmp_path, base):
-    adapter = train(validate(adapter_tree, "tree"))
+    adapter = Path(train(validate(adapter_tree, "tree")))
     tree = {**adapter_tree, "output_dir": str(tmp_path / "second")}
     for changes, message in [
         (["lora.rank=8"], "lora.rank=8 differs from 4"),
@@ -269,7 +269,7 @@ def test_data_without_room_for_a_block_is_refused():
 
 def test_evaluate_reports_what_the_run_did(adapter_tree, command, base):
     adapter_tree["evaluation"]["every"] = 12
-    out = train(validate(adapter_tree, "tree"))
+    out = Path(train(validate(adapter_tree, "tree")))
     held = json.loads((out / "mtp_config.json").read_text())["training"]["held_out"]
     text = adapter_tree["data"]["sources"][0]["path"]
     ended = command(

@@ -17,6 +17,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.training import checkpoints, program, tasks
 from mtp_jax.training.checkpoints import Checkpoints
 from mtp_jax.training.claim import claim
+from mtp_jax.training.run_folder import RunFolder
 from mtp_jax.training.step import WEIGHTS_FINITE, TrainState
 
 
@@ -162,13 +163,13 @@ def validate_checkpoints():
 
 def test_a_second_run_on_the_same_folder_is_refused(tree, write_config, command):
     config, folder = write_config(tree), Path(tree["output_dir"])
-    with claim(folder, validate(tree, "tree")):
+    with claim(RunFolder(str(folder)), validate(tree, "tree")):
         before = listing(folder)
         ended = command("train", "--config", config)
         assert ended.code == 2 and len(ended.errors) == 1
         assert ended.errors[0] == f"output_dir: {folder} is in use by another run that has not ended."
         assert listing(folder) == before
-    with claim(folder, validate(tree, "tree")):
+    with claim(RunFolder(str(folder)), validate(tree, "tree")):
         pass
 
 
@@ -185,7 +186,7 @@ def test_a_second_process_on_the_same_folder_is_refused(tree, write_config, comm
     process.kill()
     finish(process)
     assert ended.code == 2 and len(ended.errors) == 1 and "is in use by another run" in ended.errors[0]
-    with claim(folder, validate(tree, "tree")):
+    with claim(RunFolder(str(folder)), validate(tree, "tree")):
         pass
 
 
