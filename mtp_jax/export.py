@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from mtp_jax.errors import UserError, run_command
 
@@ -15,7 +14,7 @@ def main() -> None:
     made.add_argument(
         "--adapter", metavar="DIR", help="an adapter folder, an exported folder, bundled:NAME or a hub name"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder, here or in a bucket (gs://)")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--model", help="the base model, where it is not where the adapter was trained with it")
     parser.add_argument(
@@ -36,17 +35,19 @@ def main() -> None:
 
     import jax.numpy as jnp
 
-    from mtp_jax.exporting.folder import check_apart, check_target, write_export
+    from mtp_jax.exporting.folder import check_apart, check_target, target, write_export
     from mtp_jax.exporting.hub import check_hub, upload
     from mtp_jax.exporting.peft import WARNING
     from mtp_jax.exporting.source import find_source
+    from mtp_jax.storage import is_bucket
 
-    out = Path(a.out).expanduser()
-    check_target(out, a.overwrite)
+    check_target(a.out, a.overwrite)
     if a.push_to_hub is not None:
         check_hub(a.push_to_hub)
+        if is_bucket(a.out):
+            raise UserError("--push-to-hub: the hub takes a folder of this machine; name one with --out.")
     source = find_source(a.run, a.adapter, a.model)
-    check_apart(out, source)
+    check_apart(a.out, a.run or a.adapter, source)
     measured = None
     if source.adapter is None:
         options = {
@@ -63,10 +64,11 @@ def main() -> None:
         from mtp_jax.exporting.measure import measure
 
         measured = measure(source.folder, source.adapter.folder, a.prompts)
-    write_export(source, out, a.base, a.peft, a.dtype and jnp.dtype(a.dtype), measured, a.push_to_hub)
+    with target(a.out) as out:
+        write_export(source, out, a.base, a.peft, a.dtype and jnp.dtype(a.dtype), measured, a.push_to_hub)
     if a.peft:
         print(f"warning: {WARNING}", file=sys.stderr)
-    print(f"exported: {out}")
+    print(f"exported: {a.out if is_bucket(a.out) else out}")
     if a.push_to_hub is not None:
         print(f"uploaded: {upload(out, a.push_to_hub)}")
 

@@ -108,7 +108,7 @@ def local(name: str, skip: Iterable[str] = ("checkpoints/", "logs/", ".lock")) -
     if not files:
         raise UserError(f"{name}: there is no such object or folder in the bucket.")
     # Named by the generations it holds: a copy never changes, and is never taken for that of another state.
-    state = json.dumps([name, *((path, entry.get("generation"), entry["size"]) for path, entry in files.items())])
+    state = json.dumps([key, *((path, entry.get("generation"), entry["size"]) for path, entry in files.items())])
     kept = Path(CACHE).expanduser() / hashlib.sha256(state.encode()).hexdigest()[:20]
     copy = kept / key.rsplit("/", 1)[-1]
     if not copy.exists():

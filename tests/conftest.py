@@ -300,6 +300,23 @@ def jsonl(tmp_path, monkeypatch):
     return write
 
 
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """A server with one empty bucket, `b`, which all paths gs:// lead to, also those of processes that are started."""
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed: pip install '.[gcs]'")
+    from gcs_stand_in import Server
+
+    from mtp_jax import storage
+
+    with Server("b") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(storage, "CACHE", str(tmp_path / "copies"))
+        storage.filesystem.cache_clear()
+        yield server
+    storage.filesystem.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def pushed_repository(tmp_path_factory):
     """A clean, pushed repository with the launch scripts; not to be changed."""

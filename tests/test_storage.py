@@ -3,24 +3,9 @@
 import threading
 
 import pytest
-from gcs_stand_in import Server
 
 from mtp_jax import storage
 from mtp_jax.errors import UserError
-
-pytest.importorskip("gcsfs", reason="gcsfs is not installed: pip install '.[gcs]'")
-
-
-@pytest.fixture
-def bucket(monkeypatch, tmp_path):
-    """A server with one empty bucket, `b`, which all paths gs:// lead to."""
-    with Server("b") as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(storage, "CACHE", str(tmp_path / "copies"))
-        storage.filesystem.cache_clear()
-        yield server
-    storage.filesystem.cache_clear()
 
 
 def test_a_local_path_stays_what_it_is(tmp_path):
@@ -107,3 +92,29 @@ def test_many_objects_come_in_pages(bucket):
     for i in range(1003):
         bucket.buckets["b"].put(f"many/{i:04}", b"x", None)
     assert len(storage.filesystem().find("b/many")) == 1003
+
+
+def test_what_may_come_back_by_itself_ends_with_another_code_than_what_is_wrong(bucket, capsys):
+    from gcsfs.retry import HttpError
+
+    from mtp_jax.errors import run_command
+
+    for status, code in ((503, 75), (400, 2), (401, 2)):
+
+        def ask(status=status):
+            raise HttpError({"code": status, "message": "no"})
+
+        with pytest.raises(SystemExit) as end:
+            run_command(lambda: storage._asked("gs://b/x", ask))
+        assert end.value.code == code and capsys.readouterr().err.startswith("error: gs://b/x: the bucket cannot be")
+
+
+def test_a_folder_is_moved_and_removed(bucket):
+    for name in ("a", "sub/b", "last"):
+        storage.write(f"gs://b/old/{name}", name.encode())
+    storage.write("gs://b/older/c", b"c")
+    storage.move("gs://b/old", "gs://b/new", "last")
+    assert bucket.names("b") == ["new/a", "new/last", "new/sub/b", "older/c"]
+    assert bucket.buckets["b"].generation("new/last") == max(e[1] for e in bucket.buckets["b"].objects.values())
+    storage.remove("gs://b/new", "last", storage.listing("gs://b/new"))
+    assert bucket.names("b") == ["older/c"]

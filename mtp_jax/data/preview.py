@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mtp_jax import storage
 from mtp_jax.config import Config, TokenizerRecipe
 from mtp_jax.data.encoding import Encoder
 from mtp_jax.data.examples import Example
@@ -20,6 +20,7 @@ from mtp_jax.data.tokenizer import train_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.model.folder import SETTINGS, find_folder, load_tokenizer, read_geometry
 from mtp_jax.model.geometry import Geometry
+from mtp_jax.storage import local
 
 _SAMPLE = 500  # documents of a source that are looked at, spread evenly over it
 _BATCHES = 16  # batches that are looked at
@@ -63,11 +64,11 @@ def preview_tokenizer(config: Config, training: list[Documents]) -> tuple[Any, s
     assert config.model.scratch is not None
     recipe = config.model.scratch.tokenizer
     g = Geometry.from_config(config.model.scratch.config, "model.scratch.config")
-    trained = Path(config.output_dir).expanduser() / "tokenizer"
     if not isinstance(recipe, TokenizerRecipe):
-        return load_tokenizer(Path(recipe).expanduser(), g), recipe
-    if trained.is_dir():
-        return load_tokenizer(trained, g), str(trained)
+        return load_tokenizer(local(recipe), g), recipe
+    trained = f"{config.output_dir.rstrip('/')}/tokenizer"
+    if storage.listing(trained) if storage.is_bucket(trained) else local(trained).is_dir():
+        return load_tokenizer(local(trained), g), trained
     texts = (document.text() for source in training for document in source)
     return train_tokenizer(texts, recipe.vocabulary), f"trained now, {recipe.vocabulary} tokens"
 

@@ -1,13 +1,17 @@
 """An exported folder: a Hugging Face model, the adapter beside it, and the code that makes use of it."""
 
+import contextlib
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mtp_jax import storage
 from mtp_jax.errors import FULL_DISK, UserError
 from mtp_jax.exporting.base import convert_weights, copy_companions, copy_weights
 from mtp_jax.exporting.card import model_card
@@ -20,22 +24,50 @@ from mtp_jax.mtp.adapter_folder import CONFIG, write_adapter_files
 _CODE = "custom_generate"
 
 
-def check_target(out: Path, overwrite: bool) -> None:
-    """Raise UserError where `out` is no folder that may be written."""
-    if out.exists() and not out.is_dir():
+def check_target(name: str, overwrite: bool) -> None:
+    """Raise UserError where `name` is no folder that may be written."""
+    out: Any = name if storage.is_bucket(name) else Path(name).expanduser()
+    if storage.is_bucket(name):
+        full = bool(storage.listing(name))
+    elif out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    else:
+        full = out.is_dir() and any(out.iterdir())
+    if full and not overwrite:
         raise UserError(
             f"--out {out}: exists and is not empty; name another folder, or give --overwrite to replace it."
         )
 
 
-def check_apart(out: Path, source: Source) -> None:
-    """Raise UserError where writing `out` would replace what is read."""
+def check_apart(name: str, made_from: str, source: Source) -> None:
+    """Raise UserError where writing `name` would replace what is read, which was given as `made_from`."""
+    if storage.is_bucket(name):
+        if f"{made_from.rstrip('/')}/".startswith(f"{name.rstrip('/')}/"):
+            raise UserError(f"--out {name}: holds {made_from}, which the export is made from; name another folder.")
+        return
+    out = Path(name).expanduser()
     read = [source.folder, *([source.adapter.folder] if source.adapter else [])]
     for folder in read:
         if out.resolve() in (folder.resolve(), *folder.resolve().parents):
             raise UserError(f"--out {out}: holds {folder}, which the export is made from; name another folder.")
+
+
+@contextlib.contextmanager
+def target(name: str) -> Iterator[Path]:
+    """Within: a folder to write into. Where `name` is one of a bucket, it goes there on the way out.
+
+    Raises:
+        UserError: a bucket that cannot be written.
+    """
+    if not storage.is_bucket(name):
+        yield Path(name).expanduser()
+        return
+    kept = Path(storage.CACHE).expanduser()
+    kept.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept) as scratch:
+        yield (out := Path(scratch, name.rstrip("/").rsplit("/", 1)[-1]))
+        last = CONFIG if (out / CONFIG).is_file() else "config.json"
+        storage.replace(out, name.rstrip("/"), last)
 
 
 def write_export(

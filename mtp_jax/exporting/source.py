@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mtp_jax import storage
 from mtp_jax.errors import UserError
 from mtp_jax.model.folder import (
     find_folder,
@@ -58,7 +59,7 @@ def find_source(run: str | None, adapter: str | None, model: str | None) -> Sour
         UserError: a run without result, an adapter of another base, a base that cannot be found or read.
     """
     if run is not None:
-        result = _result(Path(run).expanduser())
+        result = _result(run.rstrip("/"))
         if result.name == "model":
             g = read_geometry(result)
             match_table(weight_table(g), g, stored_tensors(result), result)
@@ -87,13 +88,18 @@ def stored_dtype_of(file: Path) -> np.dtype:
         return next(iter(tensors.get_tensor(key).dtype for key in sorted(tensors.keys())))
 
 
-def _result(run: Path) -> Path:
-    if not (run / "config.yaml").is_file():
+def _result(run: str) -> Path:
+    folder = storage.local(run)
+    if not (folder / "config.yaml").is_file():
         raise UserError(f"--run {run}: holds no config.yaml, so this is no run's output folder.")
     for name, file in (("adapter", CONFIG), ("model", "config.json")):
-        if (run / name / file).is_file():
-            return run / name
-    steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
+        if (folder / name / file).is_file():
+            return folder / name
+    if storage.is_bucket(run):
+        saved = {path.split("/")[0] for path in storage.listing(f"{run}/checkpoints")}
+    else:
+        saved = {path.name for path in (folder / "checkpoints").glob("*")}
+    steps = [int(name) for name in saved if name.isdigit()]
     so_far = f"; its newest checkpoint is of step {max(steps)}" if steps else " and no checkpoint"
     raise UserError(
         f"--run {run}: has no finished model or adapter{so_far}. Let the run end, with the command it was started with."

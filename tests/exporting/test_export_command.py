@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
+from mtp_jax import storage
 from mtp_jax.errors import UserError
 from mtp_jax.exporting import base as base_files
 from mtp_jax.exporting import folder as exporting_folder
@@ -130,6 +131,42 @@ def test_generate_and_train_take_an_exported_folder_as_adapter(
     assert done.code == 0, done
     trained, before = load_file(tmp_path / "run" / "adapter" / TENSORS), load_file(adapter / TENSORS)
     assert all(np.allclose(trained[key], before[key], atol=1e-9) for key in before)
+
+
+# ---- buckets
+
+
+def test_an_export_into_a_bucket_is_the_one_on_disk_and_an_adapter_from_there(command, bucket, adapter, tmp_path):
+    assert command("export", "--adapter", adapter, "--out", tmp_path / "out").code == 0
+    storage.write("gs://b/out/stale", b"")
+    refused = command("export", "--adapter", adapter, "--out", "gs://b/out")
+    assert refused.code == 2 and "gs://b/out: exists and is not empty" in refused.errors[0]
+    done = command("export", "--adapter", adapter, "--out", "gs://b/out", "--overwrite")
+    assert (done.code, done.out) == (0, "exported: gs://b/out\n"), done
+    expected = {name: content for name, content in listing(tmp_path / "out").items() if content is not None}
+    assert {name.removeprefix("out/"): bucket.content("b", name) for name in bucket.names("b")} == expected
+    objects = bucket.buckets["b"].objects
+    assert max(objects, key=lambda name: objects[name][1]) == f"out/{CONFIG}"
+
+    again = command("export", "--adapter", "gs://b/out", "--out", "gs://b/out", "--overwrite")
+    assert again.code == 2 and "which the export is made from" in again.errors[0]
+    ended = command(
+        *("generate", "--model", "gs://b/out", "--adapter", "gs://b/out", "--prompt", "the", "--max-new-tokens", 4),
+        *("--plan", "quadratic:1", "--dtype", "float32"),
+    )
+    assert ended.code == 0, ended
+
+
+def test_a_run_in_a_bucket_is_exported(command, bucket, finished, tmp_path):
+    storage.upload(finished, ["config.yaml", "checkpoints/12/manifest.json"], "gs://b/run")
+    early = command("export", "--run", "gs://b/run", "--out", tmp_path / "out")
+    assert (
+        early.code == 2
+        and "gs://b/run: has no finished model or adapter; its newest checkpoint is of step 12" in (early.errors[0])
+    )
+    storage.replace(finished / "model", "gs://b/run/model", "config.json")
+    done = command("export", "--run", "gs://b/run/", "--out", tmp_path / "out")
+    assert done.code == 0 and listing(finished / "model").items() <= listing(tmp_path / "out").items(), done
 
 
 # ---- a run's own model, PEFT, dtype

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Stands in for gcloud, kubectl, xpk, ssh, scp, srun, scontrol and docker. Records its words in $FAKE/calls, and does what
-# the next line of $FAKE/next.KIND says, or else what a cloud in a good mood does.
+# the next line of $FAKE/next.KIND says, or else what a cloud in a good mood does. Where FAKE_UV names what stands in for
+# uv, machines are folders, and what they are told by ssh is run, with variables that say to JAX which machine it is.
 name=${0##*/}
 # One write, because several may come at the same time.
 printf -v record '\t%s' "$@"
@@ -44,6 +45,26 @@ make() { # state
   printf '%s|%s|%s|%s\n' "$1" "$(option accelerator-type)" "${FAKE_WORKERS:-2}" "$(option labels | cut -d= -f2)" >"$FAKE/tpu"
   if [[ $words == *queued-resources* ]]; then printf '%s|%s\n' ACTIVE "$(option labels | cut -d= -f2)" >"$FAKE/queue"; fi
 }
+boot() {
+  for ((i = 0; i < ${FAKE_WORKERS:-2}; i++)); do
+    mkdir -p "$FAKE/machine$i/.local/bin"
+    cp "$FAKE_UV" "$FAKE/machine$i/.local/bin/uv"
+  done
+}
+off() {
+  for file in "$FAKE"/machine*/mtp_jax_runs/*/pid; do
+    if [[ -e $file ]] && read -r _ _ _ _ group _ <"/proc/$(<"$file")/stat"; then kill -KILL -- "-$group"; fi
+  done 2>/dev/null
+  rm -rf "$FAKE"/machine*
+}
+tell() { # command
+  local port=$((20000 + RANDOM % 20000)) code=0
+  for ((i = 0; i < ${FAKE_WORKERS:-2}; i++)); do
+    HOME=$FAKE/machine$i JAX_PROCESS_ID=$i JAX_NUM_PROCESSES=${FAKE_WORKERS:-2} \
+      JAX_COORDINATOR_ADDRESS=localhost:$port bash -c "$1" || code=$?
+  done
+  exit "$code"
+}
 all() { for ((i = 0; i < ${FAKE_WORKERS:-2}; i++)); do echo "mtp_jax-status host=h$i run=r $1"; done; }
 
 case $word in
@@ -83,6 +104,14 @@ case $word in
   text:*) printf '%s\n' "${word#text:}" && exit ;;
 esac
 
+if [[ -n ${FAKE_UV:-} ]]; then
+  for last; do :; done
+  case $kind in
+    create) boot ;;
+    delete) off ;;
+    *) if [[ $last == --command=* ]]; then tell "${last#--command=}"; fi ;;
+  esac
+fi
 case $kind in
   create) make READY ;;
   describe) if [[ -e $FAKE/tpu ]]; then cat "$FAKE/tpu"; else refuse "NOT_FOUND: Resource 'projects/p/locations/z/nodes/n' was not found"; fi ;;

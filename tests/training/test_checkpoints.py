@@ -95,10 +95,10 @@ def kinds(folder):
 
 @pytest.mark.parametrize("how", ["deleted", "emptied", "halved", "flipped"])
 def test_whatever_is_damaged_the_one_before_is_used(tmp_path, capsys, how):
-    count = len(kinds(save(tmp_path / "pristine", [1, 2]) / "2"))
+    count = len(kinds(save(tmp_path / "pristine" / "checkpoints", [1, 2]) / "2"))
     assert count >= 8
     for i in range(count):
-        folder = save(tmp_path / f"c{i}", [1, 2])
+        folder = save(tmp_path / f"c{i}" / "checkpoints", [1, 2])
         path = kinds(folder / "2")[i]
         whole = path.read_bytes()
         if how == "deleted":
