@@ -14,7 +14,7 @@ from fake_cloud import ROOT, Cloud, git, make_repository
 
 WORDS = (
     *("--name", "n", "--accelerator-type", "v5litepod-16", "--zone", "us-central1-a", "--project", "p", "--run", "r"),
-    *("--store", "gs://b/f", "--config", "configs/tiny.yaml", "--spot", "--force", "--poll", "1"),
+    *("--store", "gs://b/f", "--config", "configs/tiny.yaml", "--spot", "--force", "--poll", "1", "--keep"),
 )
 # Instead of downloading anything: the Python that runs the tests.
 UV = """#!/usr/bin/env bash
@@ -77,7 +77,8 @@ def test_a_slice_lost_in_mid_run_changes_nothing(pod, bucket, start, finish, tmp
     os.kill(int((pod.folder / "machine1/mtp_jax_runs/r/pid").read_text()), signal.SIGKILL)
     outcome = pod.finish(babysit, timeout=300)
     assert outcome.code == 0 and "run r is done" in outcome.err, outcome
-    assert sum("tpu-vm" in call and "create" in call for call in outcome.calls) == 2 and pod.slice is None
+    assert sum("tpu-vm" in call and "create" in call for call in outcome.calls) == 2
+    assert "resuming gs://b/f/r from step" in (pod.folder / "machine0/mtp_jax_runs/r/log").read_text()
 
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
