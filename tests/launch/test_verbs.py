@@ -194,6 +194,38 @@ def test_what_does_not_fit_is_refused_before_anything_is_created_unless_forced(t
     assert cloud.run(*line, "--force", PYTHON=str(python)).code == 0
 
 
+def test_preflight_takes_the_words_it_is_called_with(tmp_path, command, monkeypatch):
+    from mtp_jax.errors import UserError
+    from mtp_jax.training import chips, fit
+
+    repository, asked = make_repository(tmp_path), []
+    (repository / "mtp_jax").mkdir()
+    (repository / "mtp_jax/preflight.py").touch()
+    line = [*shlex.split(CREATE), "--config", "configs/quickstart.yaml", "train.steps=77", "--dry-run"]
+    printed = Cloud(tmp_path, repository).run(*line).out.splitlines()
+    words = next(shlex.split(said) for said in printed if "mtp_jax.preflight" in said)
+
+    def place(config, topology):
+        asked.append((config.train.steps, topology))
+        raise UserError("seen")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(chips, "without_chip", lambda: None)
+    monkeypatch.setattr(fit, "place_of", place)
+    ended = command("preflight", *words[words.index("mtp_jax.preflight") + 1 :])
+    assert ended.errors == ["seen"] and asked == [(77, "v5e:4x4")], ended
+
+
+@pytest.mark.parametrize("kind", ["v2-8", "v3-32", "v5litepod-1"])
+def test_a_slice_that_preflight_does_not_know_is_not_refused(tmp_path, kind):
+    repository = make_repository(tmp_path)
+    (repository / "mtp_jax").mkdir()
+    (repository / "mtp_jax/preflight.py").touch()
+    line = shlex.split(CREATE.replace("v5litepod-16", kind))
+    outcome = Cloud(tmp_path, repository).run(*line, "--config", "configs/quickstart.yaml", PYTHON="/no/such/python")
+    assert outcome.code == 0 and "it is not checked whether the run fits" in outcome.err, outcome
+
+
 def test_printed_words_are_read_back_as_they_were():
     words = ["a", "x y", "it's", "--b=x y", "--c=it's", "--d=1", "", "$HOME", "a'b'--e=f g"]
     program = '. "$1/launch/lib.sh"; shift; quoted "$@"'
