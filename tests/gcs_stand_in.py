@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import struct
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -41,6 +42,15 @@ class Bucket:
         return self.objects[name][1] if name in self.objects else 0
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        """Be silent about clients that are gone."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class Server:
     """Use as a context: the server at `url`; `requests` are those it had, `refuse` may answer one with a status."""
 
@@ -53,8 +63,7 @@ class Server:
         class Handler(_Handler):
             stand_in = server
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
+        self.http = _Http(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         # What moves gcsfs, and what moves TensorStore, which wants a token.
         self.environment = {
@@ -230,11 +239,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._put(bucket, query["name"], body, match)
         if kind == "multipart":
             boundary = re.search('boundary="?([^";]+)', self.headers["Content-Type"]).group(1).encode()
+            line = b"\r\n" if body.startswith(b"--" + boundary + b"\r\n") else b"\n"
             _, metadata, content = body.split(b"--" + boundary)[:3] if body.count(b"--" + boundary) == 3 else (0, 0, 0)
-            split = re.compile(rb"\r?\n\r?\n")
-            content = split.split(content, maxsplit=1)[1]
-            content = content[:-2] if content.endswith(b"\r\n") else content[:-1]
-            return self._put(bucket, json.loads(split.split(metadata, maxsplit=1)[1])["name"], content, match)
+            metadata, content = (part.split(line + line, maxsplit=1)[1] for part in (metadata, content))
+            # Only the line's end is not content, which may end like one itself.
+            return self._put(bucket, json.loads(metadata)["name"], content.removesuffix(line), match)
         if kind == "resumable":
             name = query.get("name") or json.loads(body)["name"]
             session = str(next(self.stand_in.sessions))

@@ -88,6 +88,12 @@ def test_a_lock_whose_answer_got_lost_is_still_ours(bucket, monkeypatch):
     assert lock._put("0") and lock._put("0")
 
 
+def test_content_that_ends_like_a_line_arrives_whole(bucket):
+    for content in (b"x\r", b"x\n", b"x\r\n", b"\r\n\r\nx", b""):
+        storage.write("gs://b/x", content)
+        assert storage.read("gs://b/x") == content
+
+
 def test_many_objects_come_in_pages(bucket):
     for i in range(1003):
         bucket.buckets["b"].put(f"many/{i:04}", b"x", None)

@@ -54,9 +54,7 @@ def test_a_run_killed_while_it_saves_goes_on_elsewhere_from_the_bucket_alone(
     assert any(name.startswith("runs/one/checkpoints/6/state/") for name in names)
 
     home = machine("second")
-    print(ended.err)
     ended = finish(start("train", "--config", config, **home))
-    print(ended.err)
     assert ended.code == 0 and f"resuming {RUN} from step 4" in ended.err, ended
     assert f"{RUN}/checkpoints/6: this checkpoint was never finished" in ended.err
     assert "was not renewed for 2 s and is taken over" in ended.err
