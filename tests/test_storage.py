@@ -94,6 +94,15 @@ def test_content_that_ends_like_a_line_arrives_whole(bucket):
         assert storage.read("gs://b/x") == content
 
 
+def test_large_files_arrive_whole(bucket, tmp_path):
+    content = bytes(range(256)) * (6 << 12)
+    (tmp_path / "large").write_bytes(content)
+    storage.upload(tmp_path, ["large"], "gs://b")
+    storage.write("gs://b/too", content)
+    storage.download("gs://b", ["large", "too"], tmp_path / "back")
+    assert {(tmp_path / "back" / name).read_bytes() for name in ("large", "too")} == {content}
+
+
 def test_many_objects_come_in_pages(bucket):
     for i in range(1003):
         bucket.buckets["b"].put(f"many/{i:04}", b"x", None)
