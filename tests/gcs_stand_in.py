@@ -84,7 +84,7 @@ class Server:
 
     def names(self, bucket, prefix=""):
         """The objects of a bucket."""
-        return sorted(name for name in self.buckets[bucket].objects if name.startswith(prefix))
+        return sorted(name for name in list(self.buckets[bucket].objects) if name.startswith(prefix))
 
     def content(self, bucket, name):
         """Of an object."""

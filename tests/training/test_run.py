@@ -137,16 +137,16 @@ def test_a_failed_save_is_raised_at_the_end(tmp_path, monkeypatch):
     config = validate_checkpoints()
     with monkeypatch.context() as patched, pytest.raises(OSError, match="gone"):
         failing_save(patched, OSError("gone"))
-        with Checkpoints(tmp_path / "c", config) as folder:
+        with Checkpoints(RunFolder(str(tmp_path)), config) as folder:
             folder.save(something(), Nothing())
-    assert not (tmp_path / "c" / "1" / "manifest.json").exists()
+    assert not (tmp_path / "checkpoints" / "1" / "manifest.json").exists()
 
 
 def test_a_failed_save_is_told_beside_the_fault_that_ended_the_run(tmp_path, monkeypatch):
     config = validate_checkpoints()
     with monkeypatch.context() as patched, pytest.raises(UserError) as caught:
         failing_save(patched, OSError("gone"))
-        with Checkpoints(tmp_path / "c", config) as folder:
+        with Checkpoints(RunFolder(str(tmp_path)), config) as folder:
             folder.save(something(), Nothing())
             raise UserError("the loss is not finite.")
     assert len(caught.value.faults) == 2 and "gone" in caught.value.faults[1]
