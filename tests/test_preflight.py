@@ -3,6 +3,7 @@
 import importlib.util
 import json
 
+import jax
 import pytest
 
 from mtp_jax.training import fit
@@ -66,6 +67,15 @@ def test_a_pod_is_compiled_for_without_having_one(planned, llama_config, write_c
     assert 2 * base * 3 / 4 < found["moved"]["all-gather"] + found["moved"].get("collective-permute", 0) < 6 * base
     assert found["largest_gather"] < base / 2  # never the stacked weights of all layers
     assert not ended.err
+
+
+def test_a_program_that_cannot_be_read_is_told(planned, write_config, command, monkeypatch):
+    def unreadable(_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", unreadable)
+    ended = command("preflight", "--config", write_config(planned))
+    assert ended.code == 0 and "receives       not known" in ended.out, ended
 
 
 def test_weights_are_not_looked_for(planned, write_config, command, monkeypatch):

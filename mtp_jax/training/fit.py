@@ -1,5 +1,6 @@
 """Whether a program fits: compiled for a place, attached or not, and held against what its chips have."""
 
+import contextlib
 import re
 import time
 from dataclasses import asdict, dataclass
@@ -45,7 +46,7 @@ class Fit:
     temporaries: int
     peak: int
     flops: float
-    moved: dict[str, int]  # bytes received, by kind of collective
+    moved: dict[str, int] | None  # bytes received, by kind of collective; None where that could not be found out
     largest_gather: int  # bytes; what is gathered is whole on each chip
     seconds: float | None  # expected, of a step
     tokens: int  # a step works on, or emits at least
@@ -59,13 +60,17 @@ class Fit:
     def __str__(self) -> str:
         has = "" if self.memory is None else f" of {_gb(self.memory)}"
         verdict = "fits" if self.fits else "DOES NOT FIT"
-        moved = ", ".join(f"{kind} {_gb(size)}" for kind, size in sorted(self.moved.items())) or "none"
+        if self.moved is None:
+            received = "not known: this compiler's program cannot be read; the time is reckoned without it"
+        else:
+            moved = ", ".join(f"{kind} {_gb(size)}" for kind, size in sorted(self.moved.items())) or "none"
+            received = f"{moved}; at most {_gb(self.largest_gather)} in one gather"
         lines = [
             f"{self.what} on {self.place}, {self.chips} chip{'s' * (self.chips > 1)} ({self.mesh}): {verdict}",
             f"  a chip holds      {_gb(self.peak)}{has}: arguments {_gb(self.arguments)}, "
             f"temporaries {_gb(self.temporaries)}",
             f"  it computes       {self.flops / 1e12:.2f} TFLOP in a step",
-            f"  it receives       {moved}; at most {_gb(self.largest_gather)} in one gather",
+            f"  it receives       {received}",
         ]
         if self.seconds is not None:
             lines.append(
@@ -174,8 +179,10 @@ def _fit(what: str, place: Place, step: Any, arguments: Any, tokens: int, hints:
                 *(tokens, spent, hints),
             )
     spent = time.perf_counter() - begin
-    memory, found = compiled.memory_analysis(), collectives(compiled.as_text())
-    moved, largest = bytes_by_kind(found), max((c.size for c in found if c.kind == "all-gather"), default=0)
+    memory, moved, largest = compiled.memory_analysis(), None, 0
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # libtpu 0.0.52 writes some that JAX cannot read
+        found = collectives(compiled.as_text())
+        moved, largest = bytes_by_kind(found), max((c.size for c in found if c.kind == "all-gather"), default=0)
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     held, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes + new
     peak = held + temporaries + memory.generated_code_size_in_bytes
@@ -183,7 +190,7 @@ def _fit(what: str, place: Place, step: Any, arguments: Any, tokens: int, hints:
     seconds = None
     if place.chip is not None:  # weights are read at least once; communication runs beside arithmetic
         chip = place.chip
-        needed = (work / chip.flops, held / chip.bandwidth, sum(moved.values()) / chip.links)
+        needed = (work / chip.flops, held / chip.bandwidth, sum((moved or {}).values()) / chip.links)
         seconds = max(needed) / EFFICIENCY
     return Fit(
         *(what, place.name, chips, mesh, fits, place.memory, held, temporaries, peak, work, moved, largest),
