@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of torch wait for each other in a loop: on cores that other tests use too, tiny models take minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test reaches the network
 
 # Shells start what they run in the background with Ctrl-C ignored, and whoever inherits that cannot be tested with it.

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ LAUNCH = ROOT / "launch"
 
 def lint(*words):
     """The findings of a linter that comes with the `test` extra."""
-    if shutil.which(words[0]) is None:
+    # It is installed beside this Python, whether or not that environment is activated.
+    found = shutil.which(words[0], path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
         pytest.skip(f"{words[0]} is not installed; it comes with the extra `test`")
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([found, *words[1:]], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_shellcheck_finds_nothing():
