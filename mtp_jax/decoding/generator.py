@@ -20,7 +20,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.folder import find_folder, load_params, load_tokenizer, read_geometry, stop_ids
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.products import pack
+from mtp_jax.model.products import narrow, pack
 from mtp_jax.model.weights import Params, unstack_layers
 from mtp_jax.mtp.adapter import AdapterShape, with_adapter
 from mtp_jax.mtp.adapter_folder import TENSORS, find_adapter, fingerprint, load_adapter
@@ -334,6 +334,7 @@ def variables_of(
     panels = in_cpp(dtype, kernels)
     if panels:  # a copy: the shortlist and the embedding read whole rows of the table
         variables["head"] = pack(params["embed" if g.tied else "unembed"]["embedding"].T)
+        params |= {name: jax.tree.map(narrow, params[name]) for name in ("embed", "unembed") if name in params}
     if adapter is not None:
         # Norms stay as they are: they are computed in float32.
         cast = lambda path, x: jnp.asarray(x, None if "norm" in str(path) else dtype)  # noqa: E731

@@ -17,7 +17,7 @@ from mtp_jax.model.attention import Blocks, Keys, LayerCache, attend, attend_blo
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.kernels import flash, misfit
 from mtp_jax.model.placement import parts_of
-from mtp_jax.model.products import Panels, adapted_times, add_norm, attend_slots, attends, times
+from mtp_jax.model.products import PanelLayer, Panels, layers
 from mtp_jax.model.projection import Matrices, Projection
 from mtp_jax.model.rope import angles, rotate
 
@@ -39,7 +39,6 @@ class Rows(NamedTuple):
     visible: Bool[Array, "kinds B R S"]
     start: Int[Array, " B"]  # position of the first row, where a cache is written
     own_visible: Bool[Array, "kinds B R R"] | None = None  # of a step's rows among themselves
-    held: tuple[Int[Array, "kinds B R"], Int[Array, "kinds B R"]] | None = None  # first slot a step's row sees, and end
 
 
 class MaskRows(NamedTuple):
@@ -62,16 +61,6 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         return wide.astype(x.dtype) * scale.astype(x.dtype)
-
-    def after(
-        self, x: Float[Array, "... D"], added: Float[Array, "... D"] | None, in_cpp: bool
-    ) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
-        """x + added, if anything is, and its norm."""
-        if in_cpp:
-            scale = self.get_variable("params", "scale")
-            return add_norm(x, jnp.zeros_like(x) if added is None else added, scale, self.epsilon)
-        x = x if added is None else x + added
-        return x, self(x)
 
 
 class Layer(nn.Module):
@@ -128,7 +117,7 @@ class Layer(nn.Module):
 
         Args:
             fused: matrices by group of projections that read one input: `kernel` (and `bias`) of the group, where they
-                are not left to the projections, and `a` and `b` (or `lora`) of its LoRA, which mask rows alone meet.
+                are not left to the projections, and `a` and `b` of its LoRA, which mask rows alone meet.
             real: how many rows are real.
             first: nothing is in the cache yet.
         """
@@ -136,10 +125,8 @@ class Layer(nn.Module):
 
         def project(group: str, names: tuple[str, ...], x: Array) -> Array:
             joined = fused.get(group, {})
-            if "lora" in joined and real < x.shape[1]:
-                y = adapted_times(x, real, joined["kernel"], joined["lora"])
-            elif "kernel" in joined:
-                y = times(x, joined["kernel"])
+            if "kernel" in joined:
+                y = x @ joined["kernel"]
             else:
                 y = jnp.concatenate([getattr(self, name)(x, gather=False) for name in names], axis=-1)
             if "bias" in joined:
@@ -148,27 +135,19 @@ class Layer(nn.Module):
                 y = jnp.concatenate([y[:, :real], y[:, real:] + (x[:, real:] @ joined["a"]) @ joined["b"]], axis=1)
             return y
 
-        in_cpp = isinstance(fused.get("attention_in", {}).get("kernel"), Panels)
-        x, normed = self.attention_norm.after(x, None, in_cpp)
-        h = project("attention_in", ("q", "k", "v"), normed).reshape(*x.shape[:2], -1, g.H)
+        h = project("attention_in", ("q", "k", "v"), self.attention_norm(x)).reshape(*x.shape[:2], -1, g.H)
+        q, k, v = jnp.split(h, [g.N, g.N + g.K], axis=2)
         if g.qk_norm:
-            q, k, v = jnp.split(h, [g.N, g.N + g.K], axis=2)
-            h = jnp.concatenate([self.q_norm(q), self.k_norm(k), v], axis=2)
+            q, k = self.q_norm(q), self.k_norm(k)
         held = None if first else LayerCache(cache.k.astype(x.dtype), cache.v.astype(x.dtype))
-        assert rows.own_visible is not None and rows.held is not None
-        if held is not None and in_cpp and attends(g.H):
-            low, high = (bound[kind] for bound in rows.held)
-            h, *written = attend_slots(h, (rows.cos, rows.sin), held, low, high, rows.own_visible[kind])
-            own = LayerCache(*written)
-        else:
-            q, k, v = jnp.split(h, [g.N, g.N + g.K], axis=2)
-            q, own = rotate(q, rows.cos, rows.sin), LayerCache.of_rows(rotate(k, rows.cos, rows.sin), v)
-            h = attend(q, held, rows.visible[kind], own, rows.own_visible[kind])
+        assert rows.own_visible is not None
+        q, own = rotate(q, rows.cos, rows.sin), LayerCache.of_rows(rotate(k, rows.cos, rows.sin), v)
+        h = attend(q, held, rows.visible[kind], own, rows.own_visible[kind])
         # Always 0, and not known before the old cache was read: XLA then writes in place, and copies it otherwise.
         late = jnp.minimum(jnp.isnan(h[:, 0, 0, 0]).astype(jnp.int32), 0)
         cache = cache.write(LayerCache(own.k[:, :, :real], own.v[:, :, :real]), rows.start + late)
-        x, normed = self.mlp_norm.after(x, project("attention_out", ("o",), h.reshape(*x.shape[:2], -1)), in_cpp)
-        gate, up = jnp.split(project("mlp_in", ("gate", "up"), normed), 2, axis=-1)
+        x = x + project("attention_out", ("o",), h.reshape(*x.shape[:2], -1))
+        gate, up = jnp.split(project("mlp_in", ("gate", "up"), self.mlp_norm(x)), 2, axis=-1)
         h = project("mlp_out", ("down",), jax.nn.silu(gate) * up)
         return nn.with_logical_constraint(x + h, ("batch", None, None)), cache
 
@@ -320,7 +299,6 @@ class Decoder(nn.Module):
             positions = jnp.concatenate([positions, masks.anchors + masks.offsets], axis=1)
             reach = jnp.concatenate([reach, masks.anchors], axis=1)
             block, order = np.append(block, masks.blocks - masks.blocks.min()), np.append(order, masks.offsets)
-        slots = jnp.arange((cache if isinstance(cache, LayerCache) else cache[0]).k.shape[-2])
         same = (block[:, None] == block) & (block >= 0) & (order[:, None] >= order)
         own = same | ((block < 0) & (positions[:, None, :] <= reach[..., None]))
         # A window is measured from a row's own position.
@@ -330,8 +308,14 @@ class Decoder(nn.Module):
             [jnp.zeros_like(positions) if w is None else jnp.maximum(positions - w + 1, 0) for w in windows]
         )
         high = jnp.broadcast_to(jnp.minimum(start[:, None], reach + 1), low.shape)
+        turns = angles(g.rope, positions)
+        if isinstance((fused or {}).get("layer_0", {}).get("attention_in", {}).get("kernel"), Panels):
+            assert not isinstance(cache, LayerCache)
+            x, cache = self._in_cpp(x, turns, (low, high), own, start, R, fused, cache, kinds)
+            return x[:, :R], x[:, R:], cache
+        slots = jnp.arange((cache if isinstance(cache, LayerCache) else cache[0]).k.shape[-2])
         visible = (low[..., None] <= slots) & (slots < high[..., None])
-        rows = Rows(*angles(g.rope, positions), visible, start, own, (low, high))
+        rows = Rows(*turns, visible, start, own)
 
         def body(layer: Layer, x: Array, kind: Any, cache: LayerCache, fused: Any) -> tuple[Array, LayerCache]:
             return layer.step(x, rows, kind, cache, fused, R, first)
@@ -347,6 +331,32 @@ class Decoder(nn.Module):
             cache = written
         x = self.norm(x)
         return x[:, :R], x[:, R:], cache
+
+    def _in_cpp(
+        self,
+        x: Float[Array, "B R D"],
+        turns: tuple[Array, Array],
+        held: tuple[Array, Array],
+        own: Array,
+        start: Array,
+        real: int,
+        fused: Any,
+        cache: Sequence[LayerCache],
+        kinds: list[int],
+    ) -> tuple[Float[Array, "B R D"], list[LayerCache]]:
+        """What `Layer.step` and the final norm give, see `layers`."""
+        norms = ("attention_norm", "mlp_norm", *(("q_norm", "k_norm") if self.g.qk_norm else ()))
+        params, weights = self.variables["params"], []
+        for i in range(self.g.L):
+            groups = [fused[f"layer_{i}"][name] for name in ("attention_in", "attention_out", "mlp_in", "mlp_out")]
+            kernels, biases, loras = (tuple(group.get(name) for group in groups) for name in ("kernel", "bias", "lora"))
+            weights.append(
+                PanelLayer(tuple(params[f"layer_{i}"][name]["scale"] for name in norms), kernels, biases, loras)
+            )
+        x, written = layers(
+            x, turns, held, own, start, real, weights, params["norm"]["scale"], cache, kinds, self.g.norm_epsilon
+        )
+        return x, [LayerCache(*of_layer) for of_layer in written]
 
     def masks(
         self,

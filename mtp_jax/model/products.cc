@@ -1,5 +1,6 @@
-// What a decoding step spends its time on, for few rows on CPU, called from compiled XLA programs: products with weights,
-// with the LoRA for those rows that meet it, attention, and small things of which XLA would make many operations.
+// What a decoding step spends its time on, for few rows on CPU, called from compiled XLA programs: all layers in one call,
+// as what lies between two calls takes XLA longer than memory takes to give a small matrix; products with the weights of
+// heads, and what chooses among their scores.
 //
 // y = x w is bound by reading w. It lies in panels of some columns, each from its first row to its last, so that it is
 // read once and in the order of addresses: memory then gives twice of what it gives to several streams. Each number
@@ -14,18 +15,22 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
+using Numbers = ffi::Span<const int64_t>;
 using Vector = ffi::Buffer<ffi::F32, 1>;
 using Matrix = ffi::Buffer<ffi::F32, 2>;
 using Rows = ffi::Buffer<ffi::F32, 3>;
 using Heads = ffi::Buffer<ffi::F32, 4>;
-using Slots = ffi::Buffer<ffi::S32, 2>;
-using Marks = ffi::Buffer<ffi::PRED, 3>;
+using Starts = ffi::Buffer<ffi::S32, 1>;
+using Ids = ffi::Buffer<ffi::S32, 2>;
+using Bounds = ffi::Buffer<ffi::S32, 3>;
+using Marks = ffi::Buffer<ffi::PRED, 4>;
 
 namespace {
 
@@ -40,7 +45,8 @@ constexpr int LANES = 4, MOST = 6, FEW = 3, COLUMNS = 4;
 constexpr int LANES = 4, MOST = 12, FEW = 6, COLUMNS = 4;
 #endif
 constexpr int VECTORS = 2, WIDTH = VECTORS * LANES;  // of a panel
-constexpr int64_t AHEAD = 2048;  // numbers of a panel that are fetched before their turn
+constexpr int64_t AHEAD = 8192;  // bytes of a panel that are fetched before their turn
+constexpr int64_t LINE = 64;     // bytes that memory gives at a time
 constexpr int64_t UNITS = 4;     // that a product is cut into for each thread
 
 typedef float Lanes __attribute__((vector_size(LANES * 4)));
@@ -51,10 +57,29 @@ inline Lanes load(const float* from) {
   return v;
 }
 
+// A bfloat16 is the upper half of a float.
+struct Half {
+  uint16_t bits;
+  operator float() const {
+    uint32_t whole = static_cast<uint32_t>(bits) << 16;
+    float number;
+    __builtin_memcpy(&number, &whole, sizeof number);
+    return number;
+  }
+};
+
+inline Lanes load(const Half* from) {
+  typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+  typedef uint32_t Wholes __attribute__((vector_size(LANES * 4)));
+  Halves v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return (Lanes)(__builtin_convertvector(v, Wholes) << 16);
+}
+
 template <int n>
 inline float sum(const float* v) {
-  typedef float Half __attribute__((vector_size(n * 2)));
-  Half low, high;
+  typedef float Part __attribute__((vector_size(n * 2)));
+  Part low, high;
   __builtin_memcpy(&low, v, sizeof low);
   __builtin_memcpy(&high, v + n / 2, sizeof high);
   low += high;
@@ -67,20 +92,33 @@ inline float sum<2>(const float* v) {
   return v[0] + v[1];
 }
 
+// A row of a panel. One of halves has them in pairs, number i below number i + LANES: they part faster than neighbours.
+inline void load_row(const float* from, Lanes (&v)[VECTORS]) {
+  for (int c = 0; c < VECTORS; ++c) v[c] = load(from + c * LANES);
+}
+
+inline void load_row(const Half* from, Lanes (&v)[VECTORS]) {
+  typedef uint32_t Pairs __attribute__((vector_size(LANES * 4)));
+  Pairs pairs;
+  __builtin_memcpy(&pairs, from, sizeof pairs);
+  v[0] = (Lanes)(pairs << 16);
+  v[1] = (Lanes)(pairs & 0xFFFF0000u);
+}
+
 // R rows of x, X apart, by a panel of K rows into `width` columns of y. Of the panel's rows every `every`-th, from number
 // `fetch` on, lets what lies `ahead` of it be brought into cache, as long as it lies before `until`.
-template <int R, bool ADD>
-void panel(const float* x, int64_t X, const float* w, int64_t K, float* y, int64_t stride, int64_t width, int64_t ahead,
-           const float* until, int fetch, int every) {
+template <int R, bool ADD, typename Number>
+void panel(const float* x, int64_t X, const Number* w, int64_t K, float* y, int64_t stride, int64_t width, int64_t ahead,
+           const Number* until, int fetch, int every) {
   Lanes acc[R][VECTORS] = {};
   for (int64_t k = 0; k < K; ++k, w += WIDTH) {
     if (fetch-- == 0) {
-      const float* next = std::min(w + ahead, until);
-      for (int c = 0; c < VECTORS; ++c) __builtin_prefetch(next + c * LANES);
+      const Number* next = std::min(w + ahead, until);
+      for (int64_t n = 0; n < WIDTH; n += LINE / sizeof(Number)) __builtin_prefetch(next + n);
       fetch = every - 1;
     }
     Lanes v[VECTORS];
-    for (int c = 0; c < VECTORS; ++c) v[c] = load(w + c * LANES);
+    load_row(w, v);
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < VECTORS; ++c) acc[r][c] += x[r * X + k] * v[c];
   }
@@ -111,9 +149,10 @@ struct Input {
 
 // A matrix of K rows in panels. It joins matrices that end at columns `ends`, each of which begins a panel of its own.
 struct Panels {
-  const float* w = nullptr;
+  const void* w = nullptr;
+  bool halves = false;  // bfloat16 numbers, not float
   int64_t K = 0, count = 0;
-  ffi::Span<const int64_t> ends;
+  Numbers ends;
 
   struct Place {
     int64_t column, width;
@@ -132,10 +171,18 @@ struct Panels {
   // x by panel p into y, whose rows are N apart. Panels up to `last` are taken after it.
   template <bool ADD>
   void times(Input in, int64_t p, const Place& at, int64_t last, float* y, int64_t N) const {
+    if (halves)
+      times<ADD>(static_cast<const Half*>(w), in, p, at, last, y, N);
+    else
+      times<ADD>(static_cast<const float*>(w), in, p, at, last, y, N);
+  }
+
+  template <bool ADD, typename Number>
+  void times(const Number* w, Input in, int64_t p, const Place& at, int64_t last, float* y, int64_t N) const {
     int64_t groups = (in.rows + MOST - 1) / MOST;
     // Rows in one go leave memory no time: what comes soon is fetched. Rows in several share the next panel's rows.
-    int64_t ahead = groups == 1 ? AHEAD : K * WIDTH;
-    const float *first = w + p * K * WIDTH, *until = w + last * K * WIDTH - WIDTH;
+    int64_t ahead = groups == 1 ? AHEAD / sizeof(Number) : K * WIDTH;
+    const Number *first = w + p * K * WIDTH, *until = w + last * K * WIDTH - WIDTH;
     for (int64_t g = 0, row = 0; g < groups; ++g) {
       int64_t rows = (in.rows - row + groups - g - 1) / (groups - g);
       panel_by<MOST, ADD>(rows, in.x + row * in.stride, in.stride, first, K, y + row * N + at.column, N, at.width, ahead,
@@ -167,15 +214,26 @@ inline void pause() {
 #endif
 }
 
-// y = x w; for the last rows of each sequence y + inner b, inner = x a.
+// Matrices that one input meets: a bias, and the LoRA b (a x) of rows that meet it, are added.
+struct Group {
+  Panels w, a, b;
+  const float* bias = nullptr;
+  Numbers offsets;  // matrix i of w reads the columns of a x from offsets[i] on
+
+  int64_t width() const { return w.ends[w.ends.size() - 1]; }
+};
+
+// What a group makes of x, or y plus that.
 struct Products : Work {
   Input x;  // rows of all sequences
-  Panels w, a, b;
+  Group group;
   float *y, *inner = nullptr;
   int64_t N, C = 0, sequences = 1, lora_rows = 0, together = 1, inner_units = 0;
-  ffi::Span<const int64_t> offsets;  // matrix i of w reads the columns of inner from offsets[i] on
+  bool add = false;
 
   void prepare(int64_t threads) {
+    const Panels &w = group.w, &a = group.a;
+    N = group.width();
     together = std::clamp<int64_t>(w.count / (UNITS * threads), 1, 16);
     inner_units = lora_rows ? a.count : 0;
     units = inner_units + (w.count + together - 1) / together;
@@ -186,20 +244,30 @@ struct Products : Work {
   }
 
   void unit(int64_t u) override {
+    const Panels &w = group.w, &a = group.a, &b = group.b;
     if (u < inner_units) {
       Panels::Place at = a.place(u);
       for (int64_t i = 0; i < sequences; ++i) a.times<false>(adapted(x, i), u, at, u + 1, inner + i * lora_rows * C, C);
       return;
     }
     int64_t first = (u - inner_units) * together, last = std::min(w.count, first + together);
-    for (int64_t p = first; p < last; ++p) w.times<false>(x, p, w.place(p), last, y, N);
+    for (int64_t p = first; p < last; ++p) {
+      Panels::Place at = w.place(p);
+      if (add)
+        w.times<true>(x, p, at, last, y, N);
+      else
+        w.times<false>(x, p, at, last, y, N);
+      if (group.bias)
+        for (int64_t row = 0; row < x.rows; ++row)
+          for (int64_t n = at.column; n < at.column + at.width; ++n) y[row * N + n] += group.bias[n];
+    }
     if (!lora_rows) return;
     while (finished.load(std::memory_order_acquire) < inner_units) pause();  // those units were taken before this one
     int64_t R = x.rows / sequences;
     for (int64_t p = first; p < last; ++p) {
       Panels::Place at = b.place(p);
       for (int64_t i = 0; i < sequences; ++i)
-        b.times<true>({inner + i * lora_rows * C + offsets[at.part], lora_rows, C}, p, at, last,
+        b.times<true>({inner + i * lora_rows * C + group.offsets[at.part], lora_rows, C}, p, at, last,
                       y + ((i + 1) * R - lora_rows) * N, N);
     }
   }
@@ -209,7 +277,8 @@ struct Products : Work {
 template <int R, int C>
 void dots(const float* q, int64_t X, const float* keys, int64_t H, float* y, int64_t stride) {
   Lanes acc[R][C] = {};
-  for (int64_t h = 0; h < H; h += LANES) {
+  int64_t h = 0;
+  for (; h + LANES <= H; h += LANES) {
     Lanes v[C];
     for (int c = 0; c < C; ++c) v[c] = load(keys + c * H + h);
     for (int r = 0; r < R; ++r) {
@@ -218,7 +287,11 @@ void dots(const float* q, int64_t X, const float* keys, int64_t H, float* y, int
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) y[r * stride + c] = sum<LANES>(reinterpret_cast<const float*>(&acc[r][c]));
+    for (int c = 0; c < C; ++c) {
+      float rest = 0;
+      for (int64_t i = h; i < H; ++i) rest += q[r * X + i] * keys[c * H + i];
+      y[r * stride + c] = rest + sum<LANES>(reinterpret_cast<const float*>(&acc[r][c]));
+    }
 }
 
 template <int R, int C>
@@ -256,30 +329,65 @@ inline Lanes exponential(Lanes x) {
   return x > low ? p * scale : x - x;
 }
 
-// Attention of a step's rows over the slots [low, high) of a cache and over those of the step's own keys that each sees.
-// Queries and keys come as they were projected and are rotated here.
-struct Attention : Work {
-  const float *projected, *cosine, *sine, *keys, *values;
-  const int32_t *low, *high;
-  const bool* seen;
-  float *out, *own_keys, *own_values;
-  int64_t R, N, K, H, S;
+// Sum of squares.
+inline float squares(const float* x, int64_t D) {
+  Lanes acc = {};
+  float rest = 0;
+  int64_t d = 0;
+  for (; d + LANES <= D; d += LANES) acc += load(x + d) * load(x + d);
+  for (; d < D; ++d) rest += x[d] * x[d];
+  return rest + sum<LANES>(reinterpret_cast<const float*>(&acc));
+}
 
-  // Head `head` of a row: its pairs (h, h + H/2) rotated by the row's angles, times `scale`.
-  void rotate(int64_t row, int64_t head, float scale, float* to) const {
-    const float *x = at(row, head), *c = cosine + row * H / 2, *s = sine + row * H / 2;
+// y = x / sqrt(mean(x^2) + epsilon) * scale
+inline void norm(const float* x, int64_t D, const float* scale, float epsilon, float* y) {
+  float by = 1 / std::sqrt(squares(x, D) / D + epsilon);
+  for (int64_t d = 0; d < D; ++d) y[d] = x[d] * by * scale[d];
+}
+
+// Attention of a step's rows over the slots [low, high) of a cache and over those of the step's own keys that each sees.
+// Queries and keys come as they were projected; they are normed, if there are scales, and rotated here. The first `real`
+// rows' keys and values are written into the cache from slot `start` on; every slot that is seen lies before it.
+struct Attention : Work {
+  static constexpr int64_t TOGETHER = 48;  // rows whose scores exist at a time, on each thread
+  const float *cosine, *sine, *q_scale = nullptr, *k_scale = nullptr;
+  const int32_t *low, *high, *start;
+  const bool* seen;
+  float *projected, *keys, *values, *out, *own_keys, *own_values, epsilon;
+  int64_t R, N, K, H, S, real;
+
+  float* at(int64_t row, int64_t head) const { return projected + (row * (N + 2 * K) + head) * H; }
+
+  // Head `head` of a row: normed, its pairs (h, h + H/2) rotated by the row's angles, times `by`.
+  void rotate(int64_t row, int64_t head, const float* scale, float by, float* to) const {
+    float* x = at(row, head);
+    if (scale) norm(x, H, scale, epsilon, x);
+    const float *c = cosine + row * H / 2, *s = sine + row * H / 2;
     for (int64_t h = 0; h < H / 2; ++h) {
-      to[h] = (x[h] * c[h] - x[h + H / 2] * s[h]) * scale;
-      to[h + H / 2] = (x[h + H / 2] * c[h] + x[h] * s[h]) * scale;
+      to[h] = (x[h] * c[h] - x[h + H / 2] * s[h]) * by;
+      to[h + H / 2] = (x[h + H / 2] * c[h] + x[h] * s[h]) * by;
     }
   }
-  const float* at(int64_t row, int64_t head) const { return projected + (row * (N + 2 * K) + head) * H; }
 
   void unit(int64_t u) override {  // one key/value head of one sequence
-    int64_t sequence = u / K, head = u % K, group = N / K, rows = group * R;
+    int64_t sequence = u / K, head = u % K;
+    for (int64_t r = 0; r < R; ++r) {
+      rotate(sequence * R + r, N + head, k_scale, 1, own_keys + (u * R + r) * H);
+      std::copy_n(at(sequence * R + r, N + K + head), H, own_values + (u * R + r) * H);
+    }
+    int64_t group = N / K;
+    for (int64_t row = 0; row < group * R; row += TOGETHER) attend(u, row, std::min(TOGETHER, group * R - row));
+    int64_t slot = u * S + std::clamp<int64_t>(start[sequence], 0, S - real);
+    std::copy_n(own_keys + u * R * H, real * H, keys + slot * H);
+    std::copy_n(own_values + u * R * H, real * H, values + slot * H);
+  }
+
+  // `rows` rows from number `first` on; row = r * group + which of the heads that share these keys.
+  void attend(int64_t u, int64_t first, int64_t rows) const {
+    int64_t sequence = u / K, head = u % K, group = N / K;
     const int32_t *from = low + sequence * R, *to = high + sequence * R;
     int64_t begin = S, end = 0;
-    for (int64_t r = 0; r < R; ++r)
+    for (int64_t r = first / group; r <= (first + rows - 1) / group; ++r)
       if (from[r] < to[r]) begin = std::min<int64_t>(begin, from[r]), end = std::max<int64_t>(end, to[r]);
     begin = std::min(begin, end);
     int64_t held = end - begin, width = (held + R + LANES - 1) / LANES * LANES;
@@ -287,90 +395,103 @@ struct Attention : Work {
     scaled.resize(rows * H);
     scores.resize(rows * width);
     float root = 1 / std::sqrt(static_cast<float>(H));
-    for (int64_t row = 0; row < rows; ++row)  // row = r * group + which of the heads that share these keys
-      rotate(sequence * R + row / group, head * group + row % group, root, scaled.data() + row * H);
-    for (int64_t r = 0; r < R; ++r) {
-      rotate(sequence * R + r, N + head, 1, own_keys + (u * R + r) * H);
-      std::copy_n(at(sequence * R + r, N + K + head), H, own_values + (u * R + r) * H);
+    for (int64_t i = 0; i < rows; ++i) {
+      int64_t row = first + i;
+      rotate(sequence * R + row / group, head * group + row % group, q_scale, root, scaled.data() + i * H);
     }
-    const float* k = keys + (u * S + begin) * H;
-    const float* v = values + (u * S + begin) * H;
+    const float *k = keys + (u * S + begin) * H, *v = values + (u * S + begin) * H;
     scores_of<COLUMNS>(rows, scaled.data(), k, H, held, scores.data(), width);
     scores_of<COLUMNS>(rows, scaled.data(), own_keys + u * R * H, H, R, scores.data() + held, width);
 
     constexpr float NEVER = -3e38f;
-    for (int64_t row = 0; row < rows; ++row) {
-      float* score = scores.data() + row * width;
-      int64_t r = row / group;
+    for (int64_t i = 0; i < rows; ++i) {
+      float* score = scores.data() + i * width;
+      int64_t r = (first + i) / group;
       std::fill(score, score + std::clamp<int64_t>(from[r] - begin, 0, held), NEVER);
       std::fill(score + std::clamp<int64_t>(to[r] - begin, 0, held), score + held, NEVER);
-      for (int64_t i = 0; i < R; ++i)
-        if (!seen[(sequence * R + r) * R + i]) score[held + i] = NEVER;
+      for (int64_t o = 0; o < R; ++o)
+        if (!seen[(sequence * R + r) * R + o]) score[held + o] = NEVER;
       std::fill(score + held + R, score + width, NEVER);
       float top = *std::max_element(score, score + width);
       Lanes total = {};
-      for (int64_t i = 0; i < width; i += LANES) {
-        Lanes e = exponential(load(score + i) - top);
+      for (int64_t s = 0; s < width; s += LANES) {
+        Lanes e = exponential(load(score + s) - top);
         total += e;
-        __builtin_memcpy(score + i, &e, sizeof e);
+        __builtin_memcpy(score + s, &e, sizeof e);
       }
       float all = sum<LANES>(reinterpret_cast<const float*>(&total));
-      for (int64_t i = 0; i < width; ++i) score[i] /= all;
+      for (int64_t s = 0; s < width; ++s) score[s] /= all;
     }
-    float* result = out + (sequence * R * N + head * group) * H;
     const float* own = own_values + u * R * H;
-    for (int64_t row = 0; row < rows; row += 4)
-      for (int64_t h = 0; h < H; h += LANES)
-        switch (std::min<int64_t>(4, rows - row)) {
-          case 1: weigh<1>(row, h, held, width, scores.data(), v, own, result); break;
-          case 2: weigh<2>(row, h, held, width, scores.data(), v, own, result); break;
-          case 3: weigh<3>(row, h, held, width, scores.data(), v, own, result); break;
-          case 4: weigh<4>(row, h, held, width, scores.data(), v, own, result); break;
+    for (int64_t i = 0; i < rows; i += 4)
+      for (int64_t h = 0; h < H; h += LANES) {
+        int64_t row = first + i;
+        float* result = out + (sequence * R * N + head * group) * H + h;
+        const float* share = scores.data() + i * width;
+        switch (std::min<int64_t>(4, rows - i)) {
+          case 1: weigh<1>(row, h, held, width, share, v, own, result); break;
+          case 2: weigh<2>(row, h, held, width, share, v, own, result); break;
+          case 3: weigh<3>(row, h, held, width, share, v, own, result); break;
+          case 4: weigh<4>(row, h, held, width, share, v, own, result); break;
         }
+      }
   }
 
+  // Numbers h, h + 1, ... of what W rows attend to, as many as a vector has or as are left.
   template <int W>
-  void weigh(int64_t row, int64_t h, int64_t held, int64_t width, const float* scores, const float* v, const float* own,
+  void weigh(int64_t row, int64_t h, int64_t held, int64_t width, const float* share, const float* v, const float* own,
              float* result) const {
     Lanes acc[W] = {};
-    const float* score = scores + row * width;
+    int64_t count = std::min<int64_t>(LANES, H - h);
     for (int64_t s = 0; s < held + R; ++s) {
-      Lanes value = load((s < held ? v + s * H : own + (s - held) * H) + h);
-      for (int i = 0; i < W; ++i) acc[i] += score[i * width + s] * value;
+      const float* from = (s < held ? v + s * H : own + (s - held) * H) + h;
+      Lanes value = {};
+      if (count == LANES)
+        value = load(from);
+      else
+        __builtin_memcpy(&value, from, count * sizeof(float));
+      for (int i = 0; i < W; ++i) acc[i] += share[i * width + s] * value;
     }
     int64_t group = N / K;
     for (int i = 0; i < W; ++i)
-      __builtin_memcpy(result + (row + i) / group * N * H + (row + i) % group * H + h, &acc[i], sizeof acc[i]);
+      __builtin_memcpy(result + ((row + i) / group * N + (row + i) % group) * H, &acc[i], count * sizeof(float));
   }
 };
 
-// x / sqrt(mean(x^2) + epsilon) * scale for rows x, or for x + added, which is kept.
-struct Norm : Work {
+// y = norm(x), or silu(gate) * up for rows x of gate and up side by side.
+struct ByRow : Work {
   static constexpr int64_t TOGETHER = 8;
-  const float *x, *added, *scale;
-  float *total, *y, epsilon;
-  int64_t rows, D;
+  const float *x, *scale = nullptr;
+  float *y, epsilon;
+  int64_t rows, D;  // of y
 
   void unit(int64_t u) override {
-    for (int64_t row = u * TOGETHER; row < std::min(rows, (u + 1) * TOGETHER); ++row) {
-      float* t = total + row * D;
-      Lanes squares = {};
-      float rest = 0;
-      for (int64_t d = 0; d < D; ++d) t[d] = x[row * D + d] + added[row * D + d];
-      int64_t d = 0;
-      for (; d + LANES <= D; d += LANES) squares += load(t + d) * load(t + d);
-      for (; d < D; ++d) rest += t[d] * t[d];
-      rest += sum<LANES>(reinterpret_cast<const float*>(&squares));
-      float by = 1 / std::sqrt(rest / D + epsilon);
-      for (d = 0; d < D; ++d) y[row * D + d] = t[d] * by * scale[d];
+    for (int64_t row = u * TOGETHER; row < std::min(rows, (u + 1) * TOGETHER); ++row)
+      if (scale)
+        norm(x + row * D, D, scale, epsilon, y + row * D);
+      else
+        gate(x + row * 2 * D, y + row * D);
+  }
+
+  void gate(const float* gates, float* to) const {
+    for (int64_t d = 0; d < D; d += LANES) {
+      size_t size = std::min<int64_t>(LANES, D - d) * sizeof(float);
+      Lanes gate = {}, up = {};
+      __builtin_memcpy(&gate, gates + d, size);
+      __builtin_memcpy(&up, gates + D + d, size);
+      Lanes e = exponential(gate > 0 ? -gate : gate);
+      Lanes passed = gate * (gate > 0 ? e - e + 1 : e) / (1 + e) * up;
+      __builtin_memcpy(to + d, &passed, size);
     }
   }
 };
 
 // Rows of x by rows `ids` of a table.
+template <typename Number>
 struct Lookup : Work {
   static constexpr int64_t TOGETHER = 32;
-  const float *x, *table;
+  const float* x;
+  const Number* table;
   const int32_t* ids;
   float* y;
   int64_t D, C;
@@ -386,9 +507,9 @@ struct Lookup : Work {
     }
   }
   void fetch(int64_t id) const {
-    for (int64_t d = 0; d < D; d += 16) __builtin_prefetch(table + id * D + d);
+    for (int64_t d = 0; d < D; d += LINE / sizeof(Number)) __builtin_prefetch(table + id * D + d);
   }
-  float dot(const float* a, const float* b) const {
+  float dot(const float* a, const Number* b) const {
     Lanes acc[2] = {};
     int64_t d = 0;
     for (; d + 2 * LANES <= D; d += 2 * LANES)
@@ -493,77 +614,128 @@ void run(std::shared_ptr<Work> work, ffi::ThreadPool& pool) {
   team->run(std::move(work));
 }
 
-using Numbers = ffi::Span<const int64_t>;
+bool halves(const ffi::AnyBuffer& numbers) { return numbers.element_type() == ffi::BF16; }
 
-Panels panels_of(const Rows& w, Numbers ends) {
-  return {w.typed_data(), w.dimensions()[1], w.dimensions()[0], ends};
+Panels panels_of(const ffi::AnyBuffer& w, Numbers ends) {
+  return {w.untyped_data(), halves(w), w.dimensions()[1], w.dimensions()[0], ends};
 }
 
-ffi::Error Plain(ffi::ThreadPool pool, Matrix x, Rows w, ffi::Result<Matrix> y, Numbers ends) {
+ffi::Error Plain(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer w, ffi::Result<Matrix> y, Numbers ends) {
   auto work = std::make_shared<Products>();
   work->x = {x.typed_data(), x.dimensions()[0], x.dimensions()[1]};
-  work->w = panels_of(w, ends);
-  work->N = y->dimensions()[1];
+  work->group.w = panels_of(w, ends);
   work->y = y->typed_data();
   work->prepare(pool.num_threads());
   run(work, pool);
   return ffi::Error::Success();
 }
 
-ffi::Error Adapted(ffi::ThreadPool pool, Rows x, Rows w, Rows a, Rows b, ffi::Result<Rows> y, ffi::Result<Rows> inner,
-                   Numbers ends, Numbers inner_ends, Numbers offsets) {
-  auto work = std::make_shared<Products>();
-  auto shape = x.dimensions();
-  work->sequences = shape[0];
-  work->x = {x.typed_data(), shape[0] * shape[1], shape[2]};
-  work->w = panels_of(w, ends), work->b = panels_of(b, ends), work->a = panels_of(a, inner_ends);
-  work->N = y->dimensions()[2];
-  work->y = y->typed_data();
-  work->lora_rows = inner->dimensions()[1];
-  work->C = inner->dimensions()[2];
-  work->inner = inner->typed_data();
-  work->offsets = offsets;
-  work->prepare(pool.num_threads());
-  run(work, pool);
+// Buffers of a call's layers, one after another.
+struct Buffers {
+  ffi::RemainingArgs& of;
+  size_t next = 0;
+
+  ffi::AnyBuffer any() { return *of.get<ffi::AnyBuffer>(next++); }
+  const float* numbers() { return any().typed_data<float>(); }
+};
+
+// All layers and the final norm, over rows x of a step. `args` are for each layer its norms' scales; for each group its
+// panels, bias, a and b; and the cache's keys and values, which `rets` alias.
+ffi::Error Layers(ffi::ThreadPool pool, Rows x, Heads cosine, Heads sine, Bounds low, Bounds high, Marks seen,
+                  Starts start, Vector final_scale, ffi::RemainingArgs args, ffi::Result<Rows> y,
+                  ffi::RemainingRets rets, ffi::Dictionary attrs) {
+  auto numbers = [&](const char* name, size_t group) {
+    return *attrs.get<Numbers>(name + std::to_string(group));
+  };
+  Numbers kinds = *attrs.get<Numbers>("kinds"), with_bias = *attrs.get<Numbers>("with_bias");
+  float epsilon = *attrs.get<float>("epsilon");
+  bool head_norms = *attrs.get<int64_t>("head_norms");
+  int64_t B = x.dimensions()[0], R = x.dimensions()[1], D = x.dimensions()[2], rows = B * R;
+  int64_t real = *attrs.get<int64_t>("real");
+  float* stream = y->typed_data();
+  std::copy_n(x.typed_data(), rows * D, stream);
+
+  thread_local std::vector<float> normed, projected, attended, gates, gated, inner, own_keys, own_values;
+  auto by_row = [&](const float* from, const float* scale, int64_t width, float* to) {
+    auto work = std::make_shared<ByRow>();
+    work->x = from, work->scale = scale, work->y = to, work->epsilon = epsilon, work->rows = rows, work->D = width;
+    work->units = (rows + ByRow::TOGETHER - 1) / ByRow::TOGETHER;
+    run(work, pool);
+  };
+  auto project = [&](const float* from, int64_t width, const Group& group, float* to, bool add) {
+    auto work = std::make_shared<Products>();
+    work->x = {from, rows, width}, work->group = group, work->y = to, work->add = add, work->sequences = B;
+    if (group.a.w && real < R) {
+      work->lora_rows = R - real, work->C = group.a.ends[group.a.ends.size() - 1];
+      inner.resize(B * work->lora_rows * work->C);
+      work->inner = inner.data();
+    }
+    work->prepare(pool.num_threads());
+    run(work, pool);
+  };
+
+  Buffers next{args};
+  for (size_t layer = 0; layer < kinds.size(); ++layer) {
+    const float *attention_scale = next.numbers(), *mlp_scale = next.numbers();
+    const float* q_scale = head_norms ? next.numbers() : nullptr;
+    const float* k_scale = head_norms ? next.numbers() : nullptr;
+    Group groups[4];
+    for (size_t i = 0; i < 4; ++i) {
+      groups[i].w = panels_of(next.any(), numbers("ends", i));
+      if (with_bias[i]) groups[i].bias = next.numbers();
+      if (numbers("inner_ends", i).size()) {
+        groups[i].a = panels_of(next.any(), numbers("inner_ends", i));
+        groups[i].b = panels_of(next.any(), numbers("ends", i));
+        groups[i].offsets = numbers("offsets", i);
+      }
+    }
+    next.next += 2;  // the cache, read and written through what aliases it
+    auto keys = **rets.get<ffi::AnyBuffer>(2 * layer), values = **rets.get<ffi::AnyBuffer>(2 * layer + 1);
+    auto cache = keys.dimensions();
+    int64_t K = cache[1], S = cache[2], H = cache[3], N = groups[0].width() / H - 2 * K, F = groups[2].width() / 2;
+    normed.resize(rows * D), projected.resize(rows * (N + 2 * K) * H), attended.resize(rows * N * H);
+    gates.resize(rows * 2 * F), gated.resize(rows * F);
+    own_keys.resize(rows * K * H), own_values.resize(rows * K * H);
+
+    by_row(stream, attention_scale, D, normed.data());
+    project(normed.data(), D, groups[0], projected.data(), false);
+    auto work = std::make_shared<Attention>();
+    work->cosine = cosine.typed_data(), work->sine = sine.typed_data();
+    work->q_scale = q_scale, work->k_scale = k_scale, work->epsilon = epsilon;
+    work->low = low.typed_data() + kinds[layer] * rows, work->high = high.typed_data() + kinds[layer] * rows;
+    work->seen = seen.typed_data() + kinds[layer] * rows * R, work->start = start.typed_data();
+    work->projected = projected.data(), work->out = attended.data();
+    work->keys = keys.typed_data<float>(), work->values = values.typed_data<float>();
+    work->own_keys = own_keys.data(), work->own_values = own_values.data();
+    work->R = R, work->N = N, work->K = K, work->H = H, work->S = S, work->real = real;
+    work->units = B * K;
+    run(work, pool);
+    project(attended.data(), N * H, groups[1], stream, true);
+    by_row(stream, mlp_scale, D, normed.data());
+    project(normed.data(), D, groups[2], gates.data(), false);
+    by_row(gates.data(), nullptr, F, gated.data());
+    project(gated.data(), F, groups[3], stream, true);
+  }
+  by_row(stream, final_scale.typed_data(), D, stream);
   return ffi::Error::Success();
 }
 
-ffi::Error Attend(ffi::ThreadPool pool, Heads projected, Heads cosine, Heads sine, Heads keys, Heads values, Slots low,
-                  Slots high, Marks seen, ffi::Result<Heads> out, ffi::Result<Heads> own_keys,
-                  ffi::Result<Heads> own_values) {
-  auto work = std::make_shared<Attention>();
-  auto shape = out->dimensions(), cache = keys.dimensions();
-  work->projected = projected.typed_data(), work->cosine = cosine.typed_data(), work->sine = sine.typed_data();
-  work->keys = keys.typed_data(), work->values = values.typed_data();
-  work->low = low.typed_data(), work->high = high.typed_data(), work->seen = seen.typed_data();
-  work->out = out->typed_data(), work->own_keys = own_keys->typed_data(), work->own_values = own_values->typed_data();
-  work->R = shape[1], work->N = shape[2], work->H = shape[3], work->K = cache[1], work->S = cache[2];
-  work->units = shape[0] * work->K;
-  run(work, pool);
-  return ffi::Error::Success();
-}
-
-ffi::Error AddNorm(ffi::ThreadPool pool, Matrix x, Matrix added, Vector scale, ffi::Result<Matrix> total,
-                   ffi::Result<Matrix> y, float epsilon) {
-  auto work = std::make_shared<Norm>();
-  work->x = x.typed_data(), work->added = added.typed_data(), work->scale = scale.typed_data();
-  work->total = total->typed_data(), work->y = y->typed_data(), work->epsilon = epsilon;
-  work->rows = x.dimensions()[0], work->D = x.dimensions()[1];
-  work->units = (work->rows + Norm::TOGETHER - 1) / Norm::TOGETHER;
-  run(work, pool);
-  return ffi::Error::Success();
-}
-
-ffi::Error LookUp(ffi::ThreadPool pool, Matrix x, Matrix table, Slots ids, ffi::Result<Matrix> y) {
-  auto work = std::make_shared<Lookup>();
-  work->x = x.typed_data(), work->table = table.typed_data(), work->ids = ids.typed_data(), work->y = y->typed_data();
+template <typename Number>
+void look_up(ffi::ThreadPool& pool, const Matrix& x, const void* table, const Ids& ids, float* y) {
+  using Rows = Lookup<Number>;
+  auto work = std::make_shared<Rows>();
+  work->x = x.typed_data(), work->table = static_cast<const Number*>(table), work->ids = ids.typed_data(), work->y = y;
   work->D = x.dimensions()[1], work->C = ids.dimensions()[1];
-  work->units = x.dimensions()[0] * ((work->C + Lookup::TOGETHER - 1) / Lookup::TOGETHER);
+  work->units = x.dimensions()[0] * ((work->C + Rows::TOGETHER - 1) / Rows::TOGETHER);
   run(work, pool);
+}
+
+ffi::Error LookUp(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer table, Ids ids, ffi::Result<Matrix> y) {
+  (halves(table) ? look_up<Half> : look_up<float>)(pool, x, table.untyped_data(), ids, y->typed_data());
   return ffi::Error::Success();
 }
 
-ffi::Error LargestOf(ffi::ThreadPool pool, Matrix x, ffi::Result<Slots> y) {
+ffi::Error LargestOf(ffi::ThreadPool pool, Matrix x, ffi::Result<Ids> y) {
   auto work = std::make_shared<Largest>();
   work->x = x.typed_data(), work->y = y->typed_data();
   work->V = x.dimensions()[1], work->C = y->dimensions()[1];
@@ -577,17 +749,11 @@ ffi::Error LargestOf(ffi::ThreadPool pool, Matrix x, ffi::Result<Slots> y) {
 extern "C" int mtp_jax_panel_width() { return WIDTH; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_product, Plain,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Rows>().Ret<Matrix>().Attr<Numbers>("ends"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_adapted_product, Adapted,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Rows>().Arg<Rows>().Arg<Rows>().Arg<Rows>().Ret<Rows>().Ret<Rows>()
-        .Attr<Numbers>("ends").Attr<Numbers>("inner_ends").Attr<Numbers>("offsets"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_attention, Attend,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Heads>().Arg<Heads>().Arg<Heads>().Arg<Heads>().Arg<Heads>().Arg<Slots>()
-        .Arg<Slots>().Arg<Marks>().Ret<Heads>().Ret<Heads>().Ret<Heads>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_add_norm, AddNorm,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Matrix>().Arg<Vector>().Ret<Matrix>().Ret<Matrix>()
-        .Attr<float>("epsilon"));
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<ffi::AnyBuffer>().Ret<Matrix>().Attr<Numbers>("ends"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_layers, Layers,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Rows>().Arg<Heads>().Arg<Heads>().Arg<Bounds>().Arg<Bounds>()
+        .Arg<Marks>().Arg<Starts>().Arg<Vector>().RemainingArgs().Ret<Rows>().RemainingRets().Attrs());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_lookup, LookUp,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Matrix>().Arg<Slots>().Ret<Matrix>());
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<ffi::AnyBuffer>().Arg<Ids>().Ret<Matrix>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_largest, LargestOf,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Ret<Slots>());
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Ret<Ids>());

@@ -1,4 +1,4 @@
-"""Products of few rows with large matrices on CPU: calls into C++ that read each weight once, in order.
+"""A decoding step's layers, and products of few rows with large matrices, on CPU: C++ that reads each weight once.
 
 The source, `products.cc`, is compiled on first use with the system's C++ compiler and kept in
 ~/.cache/mtp_jax/native. Without a compiler, or with MTP_JAX_NATIVE=0, matrices stay as they are and
@@ -13,8 +13,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +25,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 CACHE = "~/.cache/mtp_jax/native"
 _SOURCE = Path(__file__).with_name("products.cc")
-_CALLS = tuple(
-    f"mtp_jax_{name}" for name in ("product", "adapted_product", "attention", "add_norm", "lookup", "largest")
-)
-_WIDEST = 16  # numbers that C++ takes at once; head widths are multiples of it, or XLA computes attention
+_CALLS = tuple(f"mtp_jax_{name}" for name in ("product", "layers", "lookup", "largest"))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["panels"], meta_fields=["ends"])
 @dataclass(frozen=True)
 class Panels:
-    """A float32 matrix, or several side by side, as the C++ product takes it."""
+    """A matrix, or several side by side, as the C++ product takes it."""
 
     panels: Float[Array, "P in W"]  # W columns each; a matrix begins one of its own, and its last is filled up
     ends: tuple[int, ...]  # the columns at which the matrices end
@@ -59,7 +58,16 @@ def pack(*matrices: Float[Array, "in out"]) -> Panels:
     filled = [jnp.pad(matrix, ((0, 0), (0, -matrix.shape[1] % W))) for matrix in matrices]
     panels = [matrix.reshape(len(matrix), -1, W).swapaxes(0, 1) for matrix in filled]
     ends = np.cumsum([matrix.shape[1] for matrix in matrices]).tolist()
-    return Panels(jnp.concatenate(panels), tuple(ends))
+    joined = narrow(jnp.concatenate(panels))
+    if joined.dtype == jnp.bfloat16:  # in pairs, see products.cc
+        joined = joined.reshape(*joined.shape[:2], 2, W // 2).swapaxes(2, 3).reshape(joined.shape)
+    return Panels(joined, tuple(ends))
+
+
+def narrow(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """float32 numbers as bfloat16 where this changes none of them: products are the same, and read half the bytes."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return x if jnp.any(bits & 0xFFFF) else x.astype(jnp.bfloat16)
 
 
 def times(x: Float[Array, "... in"], w: Matrix) -> Float[Array, "... out"]:
@@ -71,57 +79,75 @@ def times(x: Float[Array, "... in"], w: Matrix) -> Float[Array, "... out"]:
     return call(x.reshape(-1, x.shape[-1]), w.panels, ends=_numbers(w.ends)).reshape(*x.shape[:-1], -1)
 
 
-def adapted_times(x: Float[Array, "B R in"], real: int, w: Panels, lora: PanelLora) -> Float[Array, "B R out"]:
-    """x W for the first `real` rows of each sequence, x W + (x A) B for the others."""
-    B, R, _ = x.shape
-    y = jax.ShapeDtypeStruct((B, R, w.ends[-1]), jnp.float32)
-    inner = jax.ShapeDtypeStruct((B, R - real, lora.a.ends[-1]), jnp.float32)
-    call = jax.ffi.ffi_call("mtp_jax_adapted_product", (y, inner))
-    ends, inner_ends, offsets = map(_numbers, (w.ends, lora.a.ends, lora.offsets))
-    return call(x, w.panels, lora.a.panels, lora.b.panels, ends=ends, inner_ends=inner_ends, offsets=offsets)[0]
-
-
 def _numbers(numbers: tuple[int, ...]) -> np.ndarray:
     return np.asarray(numbers, np.int64)
 
 
-def attends(width: int) -> bool:
-    """Whether the C++ attention takes heads so wide."""
-    return width % _WIDEST == 0
+class PanelLayer(NamedTuple):
+    """Weights of one layer, its projections in groups that read one input: q,k,v; o; gate,up; down."""
+
+    norms: tuple[Float[Array, " _"], ...]  # scales before attention and MLP, and of q and k where these are normed
+    kernels: tuple[Panels, ...]
+    biases: tuple[Float[Array, " _"] | None, ...]
+    loras: tuple[PanelLora | None, ...]
 
 
-def attend_slots(
-    projected: Float[Array, "B R N+2K H"],
+def layers(
+    x: Float[Array, "B R D"],
     angles: tuple[Float[Array, "B R 1 H/2"], Float[Array, "B R 1 H/2"]],
-    held: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]],
-    low: Int[Array, "B R"],
-    high: Int[Array, "B R"],
-    own_visible: Bool[Array, "B R R"],
-) -> tuple[Float[Array, "B R N H"], Float[Array, "B K R H"], Float[Array, "B K R H"]]:
-    """Softmax attention of rows over slots low <= s < high of a cache, and over those of their own keys they see.
+    held: tuple[Int[Array, "kinds B R"], Int[Array, "kinds B R"]],
+    own_visible: Bool[Array, "kinds B R R"],
+    start: Int[Array, " B"],
+    real: int,
+    weights: Sequence[PanelLayer],
+    norm: Float[Array, " D"],
+    cache: Sequence[tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]],
+    kinds: Sequence[int],
+    epsilon: float,
+) -> tuple[Float[Array, "B R D"], list[tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]]]:
+    """All layers of a step and the final norm.
 
     Args:
-        projected: queries, keys and values, not yet rotated.
         angles: cosines and sines of the rows' positions.
+        held: first slot of the cache that a row sees, and the one behind the last, for each kind of layer.
+        own_visible: which of the step's own rows a row sees.
+        start: slot of the first row's keys and values; the slots that are seen lie before it.
+        real: how many rows' keys and values are written; those behind them meet the LoRA.
+        norm: scale of the final norm.
+        kinds: of each layer.
     Returns:
-        What the rows attended to, and their own rotated keys and values, as the cache holds them.
+        Latents, and the cache with the real rows; written in place where nothing else needs the one that was given.
     """
-    B, R, heads, H = projected.shape
-    K = held[0].shape[1]
-    out = jax.ShapeDtypeStruct((B, R, heads - 2 * K, H), jnp.float32)
-    own = jax.ShapeDtypeStruct((B, K, R, H), jnp.float32)
-    call = jax.ffi.ffi_call("mtp_jax_attention", (out, own, own))
-    return call(projected, *angles, *held, low, high, own_visible)
+    arguments: list[Array] = []
+    alias = {}
+    for layer, of_layer in zip(weights, cache, strict=True):
+        arguments += layer.norms
+        for kernel, bias, lora in zip(layer.kernels, layer.biases, layer.loras, strict=True):
+            arguments += [kernel.panels, *([] if bias is None else [bias])]
+            arguments += [] if lora is None else [lora.a.panels, lora.b.panels]
+        arguments += of_layer
+        for half in (2, 1):
+            alias[_FIXED + len(arguments) - half] = 1 + len(alias)
+    first = weights[0]
+    shape = {f"ends{i}": kernel.ends for i, kernel in enumerate(first.kernels)}
+    shape |= {f"inner_ends{i}": lora.a.ends if lora else () for i, lora in enumerate(first.loras)}
+    shape |= {f"offsets{i}": lora.offsets if lora else () for i, lora in enumerate(first.loras)}
+    shape |= {"kinds": tuple(kinds), "with_bias": tuple(bias is not None for bias in first.biases)}
+    caches = [jax.ShapeDtypeStruct(part.shape, part.dtype) for of_layer in cache for part in of_layer]
+    call = jax.ffi.ffi_call(
+        "mtp_jax_layers", (jax.ShapeDtypeStruct(x.shape, x.dtype), *caches), input_output_aliases=alias
+    )
+    y, *written = call(
+        *(x, *angles, *held, own_visible, start, norm, *arguments),
+        **{name: _numbers(numbers) for name, numbers in shape.items()},
+        real=np.int64(real),
+        head_norms=np.int64(len(first.norms) > 2),
+        epsilon=np.float32(epsilon),
+    )
+    return y, list(zip(written[::2], written[1::2], strict=True))
 
 
-def add_norm(
-    x: Float[Array, "... D"], added: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float
-) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
-    """x + added, and its root-mean-square norm."""
-    rows = jax.ShapeDtypeStruct((x.size // x.shape[-1], x.shape[-1]), jnp.float32)
-    call = jax.ffi.ffi_call("mtp_jax_add_norm", (rows, rows))
-    total, normed = call(x.reshape(rows.shape), added.reshape(rows.shape), scale, epsilon=np.float32(epsilon))
-    return total.reshape(x.shape), normed.reshape(x.shape)
+_FIXED = 8  # arguments of the call before those of the layers
 
 
 def look_up(x: Float[Array, "B D"], table: Float[Array, "V D"], ids: Int[Array, "B C"]) -> Float[Array, "B C"]:

@@ -1,12 +1,18 @@
-"""The C++ calls against numpy in float64: products, LoRA of the last rows, attention over a cache; without them too."""
+"""The C++ calls: products against numpy in float64, all layers of a step against XLA's; without a compiler too."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtp_jax.decoding import fusion
 from mtp_jax.model import products
-from mtp_jax.model.products import PanelLora, adapted_times, add_norm, attend_slots, largest, look_up, pack, times
+from mtp_jax.model.attention import LayerCache
+from mtp_jax.model.decoder import Decoder, MaskRows
+from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.products import largest, look_up, narrow, pack, times
+from mtp_jax.model.weights import PROJECTIONS, init_params, unstack_layers
+from mtp_jax.mtp.lora import init_lora
 
 needs_compiler = pytest.mark.skipif(not products.native(), reason="needs a C++ compiler")
 DRAW = np.random.default_rng(0)
@@ -34,68 +40,127 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
 
 
 @needs_compiler
-@pytest.mark.parametrize(("B", "real", "masks"), [(1, 2, 2), (3, 1, 7), (2, 5, 20)])
-def test_only_the_last_rows_of_each_sequence_meet_the_lora(B, real, masks):
-    x, w = normal(B, real + masks, 70), [normal(70, 40), normal(70, 90)]  # two projections side by side
-    a, b = normal(70, 16), [normal(8, 40), normal(8, 90)]
-    packed, lora = pack(*w), PanelLora(pack(a), pack(*b), (0, 8))
-    got = np.asarray(jax.jit(adapted_times, static_argnums=1)(x, real, packed, lora))
-    plain = x.astype(float) @ np.concatenate(w, 1)
-    inner = x.astype(float) @ a
-    added = np.concatenate([inner[..., :8] @ b[0], inner[..., 8:] @ b[1]], -1)
-    assert np.abs(got[:, real:] - (plain + added)[:, real:]).max() < 1e-3
-    assert (got[:, :real] == np.asarray(times(x, packed))[:, :real]).all()
-    broken = PanelLora(lora.a, pack(*(np.full_like(part, np.nan) for part in b)), lora.offsets)
-    left = np.asarray(adapted_times(x, real, packed, broken))
-    assert (left[:, :real] == got[:, :real]).all() and np.isnan(left[:, real:]).all()
+@pytest.mark.parametrize("rows", [1, 3, 14])
+def test_bfloat16_weights_are_kept_as_such_and_give_the_same_products(rows, monkeypatch):
+    w = np.asarray(jnp.asarray(normal(70, 101), jnp.bfloat16), np.float32)
+    x, halves = normal(rows, 70), pack(w)
+    monkeypatch.setattr(products, "narrow", lambda x: x)
+    whole = pack(w)
+    assert (halves.panels.dtype, whole.panels.dtype) == (jnp.bfloat16, jnp.float32)
+    assert (np.asarray(times(x, halves)) == np.asarray(times(x, whole))).all()
+
+
+def test_only_what_rounds_to_itself_is_narrowed():
+    exact = np.asarray([1.0, -0.0, 2.0**-140, 3e38, 0.33203125, np.inf], np.float32)
+    exact = np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float32)
+    assert narrow(exact).dtype == jnp.bfloat16
+    assert (np.asarray(narrow(exact), np.float32).view(np.int32) == exact.view(np.int32)).all()
+    assert narrow(np.append(exact, np.float32(1 / 3))).dtype == jnp.float32
+
+
+BASE = {
+    "model_type": "llama",
+    "vocab_size": 50,
+    "hidden_size": 40,
+    "intermediate_size": 37,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-3,
+    "rope_theta": 100.0,
+}
+GEOMETRIES = {
+    "grouped heads": {},
+    "heads of a width that no vector has": {"head_dim": 10, "num_key_value_heads": 4},
+    "narrow heads": {"head_dim": 6},
+    "one wide head of keys": {"head_dim": 64, "num_key_value_heads": 1},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "norms of heads": {"model_type": "qwen3", "use_sliding_window": False},
+    "windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+}
+B, S, REAL = 2, 40, 3
+
+
+class Step:
+    """A step of a random model by C++ or by XLA: latents of real rows and of mask rows, and what the cache then holds."""
+
+    def __init__(self, in_cpp, targets=PROJECTIONS, change=None, **config):
+        self.g = g = Geometry.from_config(BASE | config)
+        draw = np.random.default_rng(0)
+        params = init_params(g, jax.random.key(0))
+        params = jax.tree.map(lambda x: jnp.asarray(x + 0.2 * draw.normal(size=x.shape), jnp.float32), params)
+        lora = init_lora(g, targets, 8, jax.random.key(1)) or {"layers": {}}
+        lora = jax.tree.map(lambda x: jnp.asarray(0.2 * draw.normal(size=x.shape), jnp.float32), lora)
+        lora = change(lora) if change else lora
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fusion, "native", lambda: in_cpp)
+            params, fused = fusion.fuse(g, unstack_layers(params), lora, jnp.dtype("float32"))
+        self.variables, self.model = ({"params": params}, fused), Decoder(g, scanned=False)
+        self.masks = normal(REAL, g.D)
+
+    def __call__(self, real=REAL, masks=True, first=False):
+        g, draw = self.g, np.random.default_rng(1)
+        cache = [LayerCache(*draw.normal(size=(2, B, g.K, S, g.H)).astype(np.float32)) for _ in range(g.L)]
+        tokens = draw.integers(0, g.V, (B, REAL))[:, :real]
+        start = np.asarray([0, 0] if first else [17, 9], np.int32)
+        rows = MaskRows(
+            np.asarray(draw.normal(size=(5, g.D)), np.float32),
+            start[:, None] + np.asarray([[0, 0, 2, 2, 2], [1, 1, 1, 2, 2]]),
+            np.asarray([1, 2, 1, 2, 3]),
+            np.asarray([0, 0, 2, 2, 2]),
+        )
+        params, fused = self.variables
+        step = jax.jit(
+            lambda p, f, c: self.model.apply(p, tokens, start, c, rows if masks else None, f, first, method="step")
+        )
+        return jax.tree.map(np.asarray, step(params, fused, cache))
 
 
 @needs_compiler
-@pytest.mark.parametrize(("N", "K", "H", "R"), [(4, 2, 32, 3), (8, 1, 64, 9), (2, 2, 16, 1)])
-def test_attention_is_a_softmax_over_slots_and_own_keys(N, K, H, R):
-    B, S = 2, 50
-    projected, k, v = normal(B, R, N + 2 * K, H), normal(B, K, S, H), normal(B, K, S, H)
-    projected[:, :, :N] *= 3
-    angles = 7 * normal(B, R, 1, H // 2)
-    low = DRAW.integers(0, 10, (B, R)).astype(np.int32)
-    high = (low + DRAW.integers(0, 40, (B, R))).astype(np.int32)  # none at all, sometimes
-    seen = (DRAW.random((B, R, R)) < 0.5) | np.eye(R, dtype=bool)
-    turn = (np.cos(angles), np.sin(angles))
-    got, own_k, own_v = map(np.asarray, jax.jit(attend_slots)(projected, turn, (k, v), low, high, seen))
-
-    pairs = projected[..., : H // 2].astype(float) + 1j * projected[..., H // 2 :]
-    turned = pairs * np.exp(1j * angles.astype(float))
-    rotated = np.concatenate([turned.real, turned.imag], -1)
-    assert np.abs(own_k - rotated[:, :, N : N + K].swapaxes(1, 2)).max() < 1e-5
-    assert (own_v == projected[:, :, N + K :].swapaxes(1, 2)).all()
-    keys, values = np.concatenate([k, own_k], 2).astype(float), np.concatenate([v, own_v], 2)
-    slots = np.arange(S)
-    for b in range(B):
-        for r in range(R):
-            visible = np.concatenate([(low[b, r] <= slots) & (slots < high[b, r]), seen[b, r]])
-            for n in range(N):
-                scores = keys[b, n * K // N] @ rotated[b, r, n] / np.sqrt(H)
-                weights = np.where(visible, np.exp(scores - scores[visible].max()), 0)
-                expected = weights @ values[b, n * K // N] / weights.sum()
-                assert np.abs(got[b, r, n] - expected).max() < 1e-5
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_step_is_that_of_xla(name, first):
+    ways = [Step(in_cpp, **GEOMETRIES[name])(first=first) for in_cpp in (True, False)]
+    for got, expected in zip(*map(jax.tree.leaves, ways), strict=True):
+        assert np.abs(got - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 @needs_compiler
-@pytest.mark.parametrize("shape", [(3, 70), (2, 9, 64), (1, 5)])
-def test_norm_of_a_sum(shape):
-    x, added, scale = normal(*shape), normal(*shape), normal(shape[-1])
-    total, normed = jax.jit(add_norm, static_argnums=3)(x, added, scale, 1e-3)
-    assert (total == x + added).all()
-    wide = (x + added).astype(float)
-    assert np.abs(normed - wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-3) * scale).max() < 1e-5
+@pytest.mark.parametrize("targets", [(), ("q",), ("v", "down"), ("k", "up", "gate")])
+def test_a_step_with_few_adapted_projections_is_that_of_xla(targets):
+    ways = [Step(in_cpp, targets)() for in_cpp in (True, False)]
+    for got, expected in zip(*map(jax.tree.leaves, ways), strict=True):
+        assert np.abs(got - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+@needs_compiler
+def test_real_rows_depend_on_no_row_behind_them_and_on_no_adapter():
+    whole = Step(True)()
+    other = Step(True, change=lambda lora: jax.tree.map(lambda x: 100 * x, lora))()
+    assert (whole[0] == other[0]).all() and (whole[1] != other[1]).all()
+    assert (Step(True)(masks=False)[0] == whole[0]).all()
+    for real in (1, 2):
+        assert (Step(True)(real, masks=False)[0] == whole[0][:, :real]).all()
+
+
+@needs_compiler
+def test_rows_beyond_those_whose_scores_exist_at_a_time():
+    one = Geometry.from_config(BASE | {"num_attention_heads": 64, "num_key_value_heads": 1})
+    assert one.N * REAL > 48
+    ways = [Step(in_cpp, num_attention_heads=64, num_key_value_heads=1)() for in_cpp in (True, False)]
+    for got, expected in zip(*map(jax.tree.leaves, ways), strict=True):
+        assert np.abs(got - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 @needs_compiler
 @pytest.mark.parametrize(("D", "C"), [(64, 256), (70, 33), (5, 1)])
 def test_rows_that_are_looked_up(D, C):
     x, table, ids = normal(3, D), normal(300, D), DRAW.integers(0, 300, (3, C)).astype(np.int32)
-    got = jax.jit(look_up)(x, table, ids)
-    assert np.abs(got - np.einsum("bd,bcd->bc", x.astype(float), table[ids])).max() < 1e-4
+    for kept in (table, jnp.asarray(table, jnp.bfloat16)):
+        got = jax.jit(look_up)(x, kept, ids)
+        assert np.abs(got - np.einsum("bd,bcd->bc", x.astype(float), np.asarray(kept, float)[ids])).max() < 1e-4
 
 
 @needs_compiler
