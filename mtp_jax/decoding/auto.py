@@ -1,7 +1,8 @@
 """The block plan with the most expected tokens per second on this machine, from a short calibration.
 
-What a step costs is measured, plan by plan; how many tokens it gives follows from the acceptance by depth, which one
-run with the deepest plan shows. The choice is kept on disk per model, adapter, batch and device.
+What a step of so many rows costs is measured, and the acceptance by depth; from both follows what any plan would give.
+The most promising ones are run, and the fastest of those is taken. The choice is kept on disk per model, adapter, batch
+and device.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from mtp_jax.model.products import native
 
 CACHE = "~/.cache/mtp_jax/plans"
 _DRAFTS = (1, 2, 3, 4, 6, 8)
-_ROUNDS = 3
+_ROUNDS, _FINAL_ROUNDS = 3, 7
 _HOPELESS = 0.8  # of the best plan's tokens per second: deeper quadratic plans are then left out
 _FINALISTS = 3  # plans that only the cost by rows has been told of, measured before the choice
 
@@ -30,7 +31,7 @@ class Choice(NamedTuple):
 
     plan: BlockPlan
     one_head: bool  # base head over all rows in one product
-    expected: dict[str, float]  # tokens per second and sequence, by plan
+    expected: dict[str, float]  # tokens per second and sequence of the plans that were run
 
     def __str__(self) -> str:
         shown = sorted(self.expected.items(), key=lambda item: -item[1])[:5]
@@ -104,20 +105,28 @@ def choose_plan(
         batches = [done[at : at + batch_size] for at in range(0, len(done), batch_size)]
         return sum(batch[0].seconds for batch in batches) / max(sum(max(c.steps for c in b) for b in batches), 1)
 
+    def speed(done: list[Completion]) -> float:
+        """Tokens per second and sequence."""
+        return sum(len(c.token_ids) - 1 for c in done) / sum(c.seconds for c in done)
+
     seconds: dict[BlockPlan, float] = {}
+    expected: dict[str, float] = {}
     survives = np.zeros(0)
 
-    def measure(plans: list[BlockPlan]) -> None:
-        """Costs as multiples of a plain step's in the same round: machines slow down and speed up by the minute."""
+    def measure(plans: list[BlockPlan], count: int = _ROUNDS) -> None:
+        """As multiples of what plain decoding took in the same round: machines slow down and speed up by the minute."""
         nonlocal survives
         together = [plain(), *(plan for plan in plans if plan != plain())]
         for plan in together:
             run(plan)  # compiles
-        rounds = [{plan: run(plan) for plan in together} for _ in range(_ROUNDS)]
+        rounds = [{plan: run(plan) for plan in together} for _ in range(count)]
         seconds.setdefault(plain(), statistics.median(cost(done[plain()]) for done in rounds))
+        expected.setdefault(str(plain()), statistics.median(speed(done[plain()]) for done in rounds))
         for plan in together[1:]:
             share = statistics.median(cost(done[plan]) / cost(done[plain()]) for done in rounds)
             seconds[plan] = share * seconds[plain()]
+            gain = statistics.median(speed(done[plan]) / speed(done[plain()]) for done in rounds)
+            expected[str(plan)] = gain * expected[str(plain())]
             found = survival(rounds[0][plan])
             if len(set(plan.masks)) == 1 and not plan.floating and len(found) > len(survives):
                 survives = found
@@ -125,6 +134,8 @@ def choose_plan(
     def rate(plan: BlockPlan, step: float) -> float:
         return expected_tokens(plan, survives) / step
 
+    generator.plan = quadratic(1)
+    generator.one_head = _one_head_is_faster(generator, lambda: cost(run(quadratic(1))))
     measure([quadratic(1)])
     for d in (d for d in _DRAFTS[1:] if d <= generator.shape.masks):
         measure([quadratic(d)])
@@ -138,9 +149,8 @@ def choose_plan(
         if plan.drafts <= len(survives)
     }
     ranked = sorted(predicted, key=lambda plan: -predicted[plan])[:_FINALISTS]
-    leaders = sorted(seconds, key=lambda plan: -rate(plan, seconds[plan]))[:2]
-    measure(list(dict.fromkeys([*ranked, *leaders])))
-    expected = {str(plan): rate(plan, step) for plan, step in seconds.items()}
+    leaders = sorted(seconds, key=lambda plan: -expected[str(plan)])[:2]
+    measure(list(dict.fromkeys([*ranked, *leaders])), _FINAL_ROUNDS)
     chosen = max(seconds, key=lambda plan: expected[str(plan)])
     generator.plan = chosen
     if chosen.mask_rows:

@@ -9,12 +9,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from mtp_jax.decoding.choice import likeliest
 from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw
-from mtp_jax.model.products import largest, look_up
-from mtp_jax.mtp.sampler import read_latent, sample_latent
+from mtp_jax.model.products import draft, largest, look_up
+from mtp_jax.mtp.sampler import panel_sampler, read_latent, sample_latent
 
 
 def choose_drafts(
-    embed: Callable[[Array], Array],
+    embedding: Float[Array, "V D"],
     head: Callable[[Array], Array],
     table: Float[Array, "V D"],
     sampler: Any | None,
@@ -29,7 +29,7 @@ def choose_drafts(
     """The drafts of a block behind the token `first`, and what they were drawn from where drafts are sampled.
 
     Args:
-        embed: input embeddings of tokens.
+        embedding: table of input embeddings.
         head: logits of latents.
         table: the base head's.
         sampler: weights of the sampler head; without one, drafts are those of the base head.
@@ -40,6 +40,11 @@ def choose_drafts(
     B, M, _ = latents.shape
     V = table.shape[0]
     ids, rows = None, None
+    drawn = sampling is not None and sampling[0].sampled_drafts
+    if in_cpp and sampler is not None and scores is not None and shortlist is not None and shortlist < V and not drawn:
+        parts = panel_sampler(sampler)
+        chain = draft(latents, scores, first, embedding, table, parts, shortlist, form == "residual")
+        return chain, None if sampling is None else _certain(chain)
     if sampler is not None and shortlist is not None and shortlist < V:
         ids = candidates(scores, shortlist, in_cpp)
         rows = None if in_cpp else table[ids].astype(latents.dtype)
@@ -51,15 +56,15 @@ def choose_drafts(
             assert scores is not None
             logits = scores[:, j]
         else:
-            embedding = embed(previous)
-            latent = sample_latent(sampler, form, embedding, latents[:, j], read[:, j])
+            latent = sample_latent(sampler, form, embedding[previous], latents[:, j], read[:, j])
             if ids is None:
                 logits = head(latent)
             elif rows is None:
                 logits = look_up(latent, table, ids[:, j])
             else:
                 logits = jnp.einsum("bd,bcd->bc", latent, rows[:, j], preferred_element_type=jnp.float32)
-        if sampling is not None and sampling[0].sampled_drafts:
+        if drawn:
+            assert sampling is not None
             kind, how, keys = sampling
             q = distribution(logits, how, kind.truncated)
             chosen = draw(q, jax.vmap(jax.random.fold_in, (0, None))(keys, j))
@@ -71,10 +76,14 @@ def choose_drafts(
     chain = jnp.stack(drafts, axis=1)
     if sampling is None:
         return chain, None
-    if not sampling[0].sampled_drafts:
-        return chain, Proposal(chain[..., None], jnp.ones((B, M, 1), jnp.float32))
+    if not drawn:
+        return chain, _certain(chain)
     every = jnp.broadcast_to(jnp.arange(V), (B, M, V)) if ids is None else ids
     return chain, Proposal(every, jnp.stack(proposed, axis=1))
+
+
+def _certain(chain: Int[Array, "B M"]) -> Proposal:
+    return Proposal(chain[..., None], jnp.ones((*chain.shape, 1), jnp.float32))
 
 
 def candidates(scores: Float[Array, "... V"], count: int, in_cpp: bool = False) -> Int[Array, "... C"]:

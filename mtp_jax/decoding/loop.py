@@ -237,12 +237,12 @@ class Decoding:
             assert how is not None
             sampling = (self.sampling, how, self._keys(state, 1))
         params = {"params": variables["params"]}
-        embed = functools.partial(self.model.apply, params, method="embeddings")
+        embedding = variables["params"]["embed"]["embedding"]
         table = self.model.apply(params, method="unembedding")
         head = functools.partial(self._logits, variables)
         form = self.sampler
         shortlist, in_cpp = self.shortlist, "head" in variables
-        return choose_drafts(embed, head, table, sampler, form, block, scores, first, shortlist, sampling, in_cpp)
+        return choose_drafts(embedding, head, table, sampler, form, block, scores, first, shortlist, sampling, in_cpp)
 
     def _keys(self, state: DecodeState, purpose: int) -> Key[Array, " B"]:
         """Fresh keys for this step of each sequence: its length grows with every step."""

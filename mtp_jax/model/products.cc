@@ -27,7 +27,7 @@ using Vector = ffi::Buffer<ffi::F32, 1>;
 using Matrix = ffi::Buffer<ffi::F32, 2>;
 using Rows = ffi::Buffer<ffi::F32, 3>;
 using Heads = ffi::Buffer<ffi::F32, 4>;
-using Starts = ffi::Buffer<ffi::S32, 1>;
+using Ints = ffi::Buffer<ffi::S32, 1>;
 using Ids = ffi::Buffer<ffi::S32, 2>;
 using Bounds = ffi::Buffer<ffi::S32, 3>;
 using Marks = ffi::Buffer<ffi::PRED, 4>;
@@ -329,19 +329,27 @@ inline Lanes exponential(Lanes x) {
   return x > low ? p * scale : x - x;
 }
 
-// Sum of squares.
-inline float squares(const float* x, int64_t D) {
-  Lanes acc = {};
+inline Lanes silu(Lanes x) {
+  Lanes e = exponential(x > 0 ? -x : x);
+  return x * (x > 0 ? e - e + 1 : e) / (1 + e);
+}
+
+// x y, summed.
+template <typename Number>
+inline float dot(const float* x, const Number* y, int64_t D) {
+  Lanes acc[2] = {};
   float rest = 0;
   int64_t d = 0;
-  for (; d + LANES <= D; d += LANES) acc += load(x + d) * load(x + d);
-  for (; d < D; ++d) rest += x[d] * x[d];
-  return rest + sum<LANES>(reinterpret_cast<const float*>(&acc));
+  for (; d + 2 * LANES <= D; d += 2 * LANES)
+    for (int c = 0; c < 2; ++c) acc[c] += load(x + d + c * LANES) * load(y + d + c * LANES);
+  for (; d < D; ++d) rest += x[d] * y[d];
+  acc[0] += acc[1];
+  return rest + sum<LANES>(reinterpret_cast<const float*>(&acc[0]));
 }
 
 // y = x / sqrt(mean(x^2) + epsilon) * scale
 inline void norm(const float* x, int64_t D, const float* scale, float epsilon, float* y) {
-  float by = 1 / std::sqrt(squares(x, D) / D + epsilon);
+  float by = 1 / std::sqrt(dot(x, x, D) / D + epsilon);
   for (int64_t d = 0; d < D; ++d) y[d] = x[d] * by * scale[d];
 }
 
@@ -479,8 +487,7 @@ struct ByRow : Work {
       Lanes gate = {}, up = {};
       __builtin_memcpy(&gate, gates + d, size);
       __builtin_memcpy(&up, gates + D + d, size);
-      Lanes e = exponential(gate > 0 ? -gate : gate);
-      Lanes passed = gate * (gate > 0 ? e - e + 1 : e) / (1 + e) * up;
+      Lanes passed = silu(gate) * up;
       __builtin_memcpy(to + d, &passed, size);
     }
   }
@@ -503,21 +510,11 @@ struct Lookup : Work {
     for (int64_t c = first; c < std::min(last, first + 3); ++c) fetch(id[c]);
     for (int64_t c = first; c < last; ++c) {
       if (c + 3 < last) fetch(id[c + 3]);
-      y[row * C + c] = dot(x + row * D, table + id[c] * D);
+      y[row * C + c] = dot(x + row * D, table + id[c] * D, D);
     }
   }
   void fetch(int64_t id) const {
     for (int64_t d = 0; d < D; d += LINE / sizeof(Number)) __builtin_prefetch(table + id * D + d);
-  }
-  float dot(const float* a, const Number* b) const {
-    Lanes acc[2] = {};
-    int64_t d = 0;
-    for (; d + 2 * LANES <= D; d += 2 * LANES)
-      for (int c = 0; c < 2; ++c) acc[c] += load(a + d + c * LANES) * load(b + d + c * LANES);
-    float rest = 0;
-    for (; d < D; ++d) rest += a[d] * b[d];
-    acc[0] += acc[1];
-    return rest + sum<LANES>(reinterpret_cast<const float*>(&acc[0]));
   }
 };
 
@@ -642,7 +639,7 @@ struct Buffers {
 // All layers and the final norm, over rows x of a step. `args` are for each layer its norms' scales; for each group its
 // panels, bias, a and b; and the cache's keys and values, which `rets` alias.
 ffi::Error Layers(ffi::ThreadPool pool, Rows x, Heads cosine, Heads sine, Bounds low, Bounds high, Marks seen,
-                  Starts start, Vector final_scale, ffi::RemainingArgs args, ffi::Result<Rows> y,
+                  Ints start, Vector final_scale, ffi::RemainingArgs args, ffi::Result<Rows> y,
                   ffi::RemainingRets rets, ffi::Dictionary attrs) {
   auto numbers = [&](const char* name, size_t group) {
     return *attrs.get<Numbers>(name + std::to_string(group));
@@ -721,17 +718,99 @@ ffi::Error Layers(ffi::ThreadPool pool, Rows x, Heads cosine, Heads sine, Bounds
 }
 
 template <typename Number>
-void look_up(ffi::ThreadPool& pool, const Matrix& x, const void* table, const Ids& ids, float* y) {
-  using Rows = Lookup<Number>;
-  auto work = std::make_shared<Rows>();
-  work->x = x.typed_data(), work->table = static_cast<const Number*>(table), work->ids = ids.typed_data(), work->y = y;
-  work->D = x.dimensions()[1], work->C = ids.dimensions()[1];
-  work->units = x.dimensions()[0] * ((work->C + Rows::TOGETHER - 1) / Rows::TOGETHER);
-  run(work, pool);
+std::shared_ptr<Work> look_up(const float* x, const void* table, const int32_t* ids, int64_t rows, int64_t D, int64_t C,
+                              float* y) {
+  auto work = std::make_shared<Lookup<Number>>();
+  work->x = x, work->table = static_cast<const Number*>(table), work->ids = ids, work->y = y, work->D = D, work->C = C;
+  work->units = rows * ((C + work->TOGETHER - 1) / work->TOGETHER);
+  return work;
 }
 
 ffi::Error LookUp(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer table, Ids ids, ffi::Result<Matrix> y) {
-  (halves(table) ? look_up<Half> : look_up<float>)(pool, x, table.untyped_data(), ids, y->typed_data());
+  auto by_rows = halves(table) ? look_up<Half> : look_up<float>;
+  run(by_rows(x.typed_data(), table.untyped_data(), ids.typed_data(), x.dimensions()[0], x.dimensions()[1],
+              ids.dimensions()[1], y->typed_data()), pool);
+  return ffi::Error::Success();
+}
+
+// x + add, silu, and a layer norm, for each row of x; what is done between two products of the sampler head.
+void pass(float* x, const float* add, int64_t stride, Vector& scale, Vector& shift, int64_t rows) {
+  constexpr float EPSILON = 1e-5f;
+  int64_t D = scale.dimensions()[0];
+  for (int64_t row = 0; row < rows; ++row, x += D, add += stride) {
+    for (int64_t d = 0; d < D; d += LANES) {
+      size_t size = std::min<int64_t>(LANES, D - d) * sizeof(float);
+      Lanes v = {}, more = {};
+      __builtin_memcpy(&v, x + d, size);
+      __builtin_memcpy(&more, add + d, size);
+      v = silu(v + more);
+      __builtin_memcpy(x + d, &v, size);
+    }
+    Lanes sums = {};
+    int64_t d = 0;
+    for (; d + LANES <= D; d += LANES) sums += load(x + d);
+    float mean = sum<LANES>(reinterpret_cast<const float*>(&sums));
+    for (; d < D; ++d) mean += x[d];
+    mean /= D;
+    for (int64_t d = 0; d < D; ++d) x[d] -= mean;
+    norm(x, D, scale.typed_data(), EPSILON, x);
+    for (int64_t d = 0; d < D; ++d) x[d] += shift.typed_data()[d];
+  }
+}
+
+// The drafts of blocks of latents z behind tokens `first`: one after another the likeliest of a mask row's candidates by
+// the sampler head, which reads the embedding of the one before. Candidates are the likeliest of their classes.
+ffi::Error Drafts(ffi::ThreadPool pool, Rows z, Rows scores, Ints first, ffi::AnyBuffer embedding, ffi::AnyBuffer table,
+                  ffi::AnyBuffer reads_embedding, ffi::AnyBuffer reads_latent, Vector bias, Vector scale, Vector shift,
+                  ffi::AnyBuffer second, Vector second_bias, Vector second_scale, Vector second_shift,
+                  ffi::Result<Ids> y, int64_t candidates, bool residual) {
+  int64_t B = z.dimensions()[0], M = z.dimensions()[1], D = z.dimensions()[2], C = candidates;
+  std::vector<int64_t> columns{D};
+  Numbers ends(columns.data(), 1);
+  thread_local std::vector<float> read, h, latent, chosen_by;
+  thread_local std::vector<int32_t> ids, best;
+  read.resize(B * M * D), h.resize(B * D), latent.resize(B * D), chosen_by.resize(B * C);
+  ids.resize(B * M * C), best.resize(B * C);
+
+  auto project = [&](const float* x, int64_t rows, const ffi::AnyBuffer& w, float* to) {
+    auto work = std::make_shared<Products>();
+    work->x = {x, rows, D}, work->group.w = panels_of(w, ends), work->y = to;
+    work->prepare(pool.num_threads());
+    run(work, pool);
+  };
+  auto largest = [&](const float* x, int64_t rows, int64_t V, int64_t classes, int32_t* to) {
+    auto work = std::make_shared<Largest>();
+    work->x = x, work->y = to, work->V = V, work->C = classes, work->units = rows;
+    run(work, pool);
+  };
+  largest(scores.typed_data(), B * M, scores.dimensions()[2], C, ids.data());
+  project(z.typed_data(), B * M, reads_latent, read.data());
+  for (int64_t i = 0; i < B * M * D; ++i) read[i] += bias.typed_data()[i % D];
+  const int32_t* previous = first.typed_data();
+  int64_t apart = 1;
+  for (int64_t j = 0; j < M; ++j) {
+    for (int64_t b = 0; b < B; ++b) {
+      int64_t from = previous[b * apart] * D;
+      for (int64_t d = 0; d < D; ++d)
+        latent[b * D + d] = halves(embedding) ? float(static_cast<const Half*>(embedding.untyped_data())[from + d])
+                                              : embedding.typed_data<float>()[from + d];
+    }
+    project(latent.data(), B, reads_embedding, h.data());
+    pass(h.data(), read.data() + j * D, M * D, scale, shift, B);
+    project(h.data(), B, second, latent.data());
+    pass(latent.data(), second_bias.typed_data(), 0, second_scale, second_shift, B);
+    if (residual)
+      for (int64_t i = 0; i < B * D; ++i) latent[i] += z.typed_data()[(i / D * M + j) * D + i % D];
+    for (int64_t b = 0; b < B; ++b) std::copy_n(ids.data() + (b * M + j) * C, C, best.data() + b * C);
+    auto by_rows = halves(table) ? look_up<Half> : look_up<float>;
+    run(by_rows(latent.data(), table.untyped_data(), best.data(), B, D, C, chosen_by.data()), pool);
+    int32_t* drafts = y->typed_data() + j;
+    for (int64_t b = 0; b < B; ++b) {
+      const float* row = chosen_by.data() + b * C;
+      drafts[b * M] = best[b * C + (std::max_element(row, row + C) - row)];
+    }
+    previous = drafts, apart = M;
+  }
   return ffi::Error::Success();
 }
 
@@ -752,8 +831,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_product, Plain,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<ffi::AnyBuffer>().Ret<Matrix>().Attr<Numbers>("ends"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_layers, Layers,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Rows>().Arg<Heads>().Arg<Heads>().Arg<Bounds>().Arg<Bounds>()
-        .Arg<Marks>().Arg<Starts>().Arg<Vector>().RemainingArgs().Ret<Rows>().RemainingRets().Attrs());
+        .Arg<Marks>().Arg<Ints>().Arg<Vector>().RemainingArgs().Ret<Rows>().RemainingRets().Attrs());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_lookup, LookUp,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<ffi::AnyBuffer>().Arg<Ids>().Ret<Matrix>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_largest, LargestOf,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Ret<Ids>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_drafts, Drafts,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Rows>().Arg<Rows>().Arg<Ints>().Arg<ffi::AnyBuffer>()
+        .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<Vector>().Arg<Vector>().Arg<Vector>()
+        .Arg<ffi::AnyBuffer>().Arg<Vector>().Arg<Vector>().Arg<Vector>().Ret<Ids>()
+        .Attr<int64_t>("candidates").Attr<bool>("residual"));

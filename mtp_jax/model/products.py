@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 CACHE = "~/.cache/mtp_jax/native"
 _SOURCE = Path(__file__).with_name("products.cc")
-_CALLS = tuple(f"mtp_jax_{name}" for name in ("product", "layers", "lookup", "largest"))
+_CALLS = tuple(f"mtp_jax_{name}" for name in ("product", "layers", "lookup", "largest", "drafts"))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["panels"], meta_fields=["ends"])
@@ -148,6 +148,42 @@ def layers(
 
 
 _FIXED = 8  # arguments of the call before those of the layers
+
+
+class PanelSampler(NamedTuple):
+    """The sampler head's weights; a vector for each of its two layers where there are two."""
+
+    reads_embedding: Panels
+    reads_latent: Panels
+    second: Panels
+    biases: tuple[Float[Array, " D"], Float[Array, " D"]]
+    scales: tuple[Float[Array, " D"], Float[Array, " D"]]
+    shifts: tuple[Float[Array, " D"], Float[Array, " D"]]
+
+
+def draft(
+    z: Float[Array, "B M D"],
+    scores: Float[Array, "B M V"],
+    first: Int[Array, " B"],
+    embedding: Float[Array, "V D"],
+    table: Float[Array, "V D"],
+    sampler: PanelSampler,
+    candidates: int,
+    residual: bool,
+) -> Int[Array, "B M"]:
+    """Greedy drafts of blocks behind the tokens `first`, chosen by the sampler head from so many candidates each.
+
+    Candidates are the `largest` of that many classes of the base head's scores. `table` is the base head's.
+    """
+    B, M, _ = z.shape
+    w, (bias, second_bias), (scale, second_scale), (shift, second_shift) = sampler[:3], *sampler[3:]
+    call = jax.ffi.ffi_call("mtp_jax_drafts", jax.ShapeDtypeStruct((B, M), jnp.int32))
+    return call(
+        *(z, scores, first, embedding, table, w[0].panels, w[1].panels, bias, scale, shift),
+        *(w[2].panels, second_bias, second_scale, second_shift),
+        candidates=np.int64(candidates),
+        residual=residual,
+    )
 
 
 def look_up(x: Float[Array, "B D"], table: Float[Array, "V D"], ids: Int[Array, "B C"]) -> Float[Array, "B C"]:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from mtp_jax.model.products import Matrix, times
+from mtp_jax.model.products import Matrix, PanelSampler, times
 from mtp_jax.model.weights import Params, Weight
 
 _EPSILON = 1e-5
@@ -67,6 +67,16 @@ def sample_latent(
 def read_latent(sampler: Params, z: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """What the first linear layer reads from z; the rest of it waits for the token chosen before."""
     return times(z, _halves(sampler)[1]) + sampler["linear_0"]["bias"].astype(z.dtype)
+
+
+def panel_sampler(sampler: Params) -> PanelSampler:
+    """The weights as `products.draft` takes them; their matrices are panels."""
+    linear, norms = (sampler["linear_0"], sampler["linear_1"]), (sampler["norm_0"], sampler["norm_1"])
+    biases, scales, shifts = (
+        (first[name].astype(jnp.float32), second[name].astype(jnp.float32))
+        for (first, second), name in ((linear, "bias"), (norms, "scale"), (norms, "bias"))
+    )
+    return PanelSampler(*linear[0]["kernel"], linear[1]["kernel"], biases, scales, shifts)
 
 
 def _halves(sampler: Params) -> tuple[Matrix, Matrix]:

@@ -57,8 +57,9 @@ class Machine:
         self.runs += 1
         reach = np.concatenate([[1.0], SURVIVES[: self.plan.drafts], [0.0]])
         histogram = np.round(100_000 * (reach[:-1] - reach[1:])).astype(int).tolist()
+        tokens = [0] * (1 + round(100 * expected_tokens(self.plan, SURVIVES)))
         seconds = self.cost(self.plan.rows) * 100
-        return [Completion([], [], 100, histogram, 0.0, seconds) for _ in prompts]
+        return [Completion(tokens, [], 100, histogram, 0.0, seconds) for _ in prompts]
 
 
 @pytest.mark.parametrize(

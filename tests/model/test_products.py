@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.decoding import fusion
+from mtp_jax.decoding.drafting import choose_drafts
 from mtp_jax.model import products
 from mtp_jax.model.attention import LayerCache
 from mtp_jax.model.decoder import Decoder, MaskRows
@@ -13,6 +14,7 @@ from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.products import largest, look_up, narrow, pack, times
 from mtp_jax.model.weights import PROJECTIONS, init_params, unstack_layers
 from mtp_jax.mtp.lora import init_lora
+from mtp_jax.mtp.sampler import init_sampler
 
 needs_compiler = pytest.mark.skipif(not products.native(), reason="needs a C++ compiler")
 DRAW = np.random.default_rng(0)
@@ -84,7 +86,7 @@ B, S, REAL = 2, 40, 3
 
 
 class Step:
-    """A step of a random model by C++ or by XLA: latents of real rows and of mask rows, and what the cache then holds."""
+    """A step of a random model by C++ or by XLA: latents of real rows and of mask rows, and the cache behind it."""
 
     def __init__(self, in_cpp, targets=PROJECTIONS, change=None, **config):
         self.g = g = Geometry.from_config(BASE | config)
@@ -171,6 +173,32 @@ def test_the_first_of_the_largest_of_each_class(V, classes):
     for c in range(classes):
         members = np.arange(c, V, classes)
         assert (got[..., c] == members[np.argmax(x[..., members], -1)]).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("form", ["paper", "residual"])
+@pytest.mark.parametrize(("B", "M", "D", "C"), [(1, 1, 64, 32), (3, 4, 38, 20), (2, 8, 32, 1)])
+@pytest.mark.parametrize("kept", [jnp.float32, jnp.bfloat16])
+def test_drafts_are_those_of_xla(form, B, M, D, C, kept):
+    V = 150
+    weights = init_sampler(D, form, jnp.float32(1), jax.random.key(0))
+    weights = jax.tree.map(lambda x: x + 0.3 * normal(*x.shape), weights)
+    kernels = weights["linear_0"]["kernel"][:D], weights["linear_0"]["kernel"][D:], weights["linear_1"]["kernel"]
+    packed = jax.tree.map(lambda x: x, weights)
+    packed["linear_0"]["kernel"], packed["linear_1"]["kernel"] = tuple(map(pack, kernels[:2])), pack(kernels[2])
+    embedding, table = (jnp.asarray(normal(V, D), kept) for _ in range(2))
+    z, first = normal(B, M, D), DRAW.integers(0, V, B).astype(np.int32)
+    scores = jnp.einsum("bmd,vd->bmv", z, table.astype(jnp.float32))
+
+    def drafts(sampler, in_cpp):
+        def choose(z, scores):
+            return choose_drafts(embedding, None, table, sampler, form, z, scores, first, C, None, in_cpp)[0]
+
+        return np.asarray(jax.jit(choose)(z, scores))
+
+    got = drafts(packed, True)
+    assert (got == drafts(weights, False)).all()
+    assert M == 1 or C == 1 or (got != np.asarray(scores.argmax(-1))).any()
 
 
 def test_without_a_compiler_xla_multiplies(monkeypatch, tmp_path):
