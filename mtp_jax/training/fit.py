@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -159,15 +160,18 @@ def check_decoding(config: Config, g: Geometry, place: Place, plan: str | None, 
 
 
 def _fit(what: str, place: Place, step: Any, arguments: Any, tokens: int, hints: tuple[str, ...]) -> Fit:
-    chips = place.mesh.size
+    chips, platform = place.mesh.size, place.mesh.devices.flat[0].platform
     mesh = ", ".join(f"{axis}={size}" for axis, size in place.mesh.shape.items())
     begin = time.perf_counter()
-    with sharding.on(place.mesh):
+    with sharding.on(place.mesh), tempfile.TemporaryDirectory() as printed:
         traced = step.trace(*arguments)
         work = flops(traced.jaxpr.jaxpr) / chips
         held = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(arguments))
         try:
-            compiled = traced.lower(lowering_platforms=(place.mesh.devices.flat[0].platform,)).compile()
+            lowered = traced.lower(lowering_platforms=(platform,))
+            # libtpu 0.0.52 makes programs that JAX cannot read back; it prints them itself.
+            options = {"xla_dump_to": printed, "xla_dump_hlo_as_text": True} if platform == "tpu" else None
+            compiled = lowered.compile(options)
         except jax.errors.JaxRuntimeError as error:
             said = re.search(r"Used ([\d.]+)([MGT]) of ([\d.]+)([MGT]) hbm", str(error))
             if said is None:
@@ -178,11 +182,13 @@ def _fit(what: str, place: Place, step: Any, arguments: Any, tokens: int, hints:
                 *(what, place.name, chips, mesh, False, limit, held, max(0, peak - held), peak, work, {}, 0, None),
                 *(tokens, spent, hints),
             )
-    spent = time.perf_counter() - begin
-    memory, moved, largest = compiled.memory_analysis(), None, 0
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # libtpu 0.0.52 writes some that JAX cannot read
-        found = collectives(compiled.as_text())
-        moved, largest = bytes_by_kind(found), max((c.size for c in found if c.kind == "all-gather"), default=0)
+        spent = time.perf_counter() - begin
+        moved, largest = None, 0
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            texts = [path.read_text() for path in Path(printed).glob("*.after_codegen.txt")]
+            found = collectives(max(texts, key=len) if texts else compiled.as_text())
+            moved, largest = bytes_by_kind(found), max((c.size for c in found if c.kind == "all-gather"), default=0)
+    memory = compiled.memory_analysis()
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     held, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes + new
     peak = held + temporaries + memory.generated_code_size_in_bytes
