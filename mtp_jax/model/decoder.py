@@ -288,14 +288,12 @@ class Decoder(nn.Module):
             fused: for each layer what `Layer.step` takes, see there; stacked, under `layers`, where layers are scanned.
             first: nothing is in the cache yet, `start` being 0.
         """
-        g, R = self.g, tokens.shape[1]
-        x = self.embed()[tokens].astype(self.dtype)
+        g, (B, R) = self.g, tokens.shape
+        m = jnp.zeros((0, g.D)) if masks is None else masks.embeddings.astype(self.dtype)
         positions = reach = start[:, None] + jnp.arange(R)
         windows, kinds = self._windows()
         block, order = np.full(R, -1), np.zeros(R, int)  # of a real row: no block
         if masks is not None:
-            m = jnp.broadcast_to(masks.embeddings.astype(self.dtype), (len(x), len(masks.offsets), g.D))
-            x = jnp.concatenate([x, m], axis=1)
             positions = jnp.concatenate([positions, masks.anchors + masks.offsets], axis=1)
             reach = jnp.concatenate([reach, masks.anchors], axis=1)
             block, order = np.append(block, masks.blocks - masks.blocks.min()), np.append(order, masks.offsets)
@@ -311,8 +309,10 @@ class Decoder(nn.Module):
         turns = angles(g.rope, positions)
         if isinstance((fused or {}).get("layer_0", {}).get("attention_in", {}).get("kernel"), Panels):
             assert not isinstance(cache, LayerCache)
-            x, cache = self._in_cpp(x, turns, (low, high), own, start, R, fused, cache, kinds)
+            x, cache = self._in_cpp(tokens, m, turns, (low, high), own, start, fused, cache, kinds)
             return x[:, :R], x[:, R:], cache
+        x = self.embed()[tokens].astype(self.dtype)
+        x = jnp.concatenate([x, jnp.broadcast_to(m, (B, *m.shape))], axis=1)
         slots = jnp.arange((cache if isinstance(cache, LayerCache) else cache[0]).k.shape[-2])
         visible = (low[..., None] <= slots) & (slots < high[..., None])
         rows = Rows(*turns, visible, start, own)
@@ -334,17 +334,17 @@ class Decoder(nn.Module):
 
     def _in_cpp(
         self,
-        x: Float[Array, "B R D"],
+        tokens: Int[Array, "B R"],
+        masks: Float[Array, "Q D"],
         turns: tuple[Array, Array],
         held: tuple[Array, Array],
         own: Array,
         start: Array,
-        real: int,
         fused: Any,
         cache: Sequence[LayerCache],
         kinds: list[int],
     ) -> tuple[Float[Array, "B R D"], list[LayerCache]]:
-        """What `Layer.step` and the final norm give, see `layers`."""
+        """What the embedding, `Layer.step` and the final norm give, see `layers`."""
         norms = ("attention_norm", "mlp_norm", *(("q_norm", "k_norm") if self.g.qk_norm else ()))
         params, weights = self.variables["params"], []
         for i in range(self.g.L):
@@ -353,9 +353,8 @@ class Decoder(nn.Module):
             weights.append(
                 PanelLayer(tuple(params[f"layer_{i}"][name]["scale"] for name in norms), kernels, biases, loras)
             )
-        x, written = layers(
-            x, turns, held, own, start, real, weights, params["norm"]["scale"], cache, kinds, self.g.norm_epsilon
-        )
+        epsilon, final = self.g.norm_epsilon, params["norm"]["scale"]
+        x, written = layers(tokens, self.embed(), masks, turns, held, own, start, weights, final, cache, kinds, epsilon)
         return x, [LayerCache(*of_layer) for of_layer in written]
 
     def masks(

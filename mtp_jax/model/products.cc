@@ -57,6 +57,21 @@ inline Lanes load(const float* from) {
   return v;
 }
 
+// The first `count` numbers, of which a vector takes as many as it has; a length that the compiler knows makes no call.
+inline Lanes load(const float* from, int64_t count) {
+  if (count >= LANES) return load(from);
+  Lanes v = {};
+  __builtin_memcpy(&v, from, count * sizeof(float));
+  return v;
+}
+
+inline void store(Lanes v, float* to, int64_t count) {
+  if (count >= LANES)
+    __builtin_memcpy(to, &v, sizeof v);
+  else
+    __builtin_memcpy(to, &v, count * sizeof(float));
+}
+
 // A bfloat16 is the upper half of a float.
 struct Half {
   uint16_t bits;
@@ -126,10 +141,8 @@ void panel(const float* x, int64_t X, const Number* w, int64_t K, float* y, int6
     float* out = y + r * stride;
     float total[WIDTH];
     __builtin_memcpy(total, acc[r], sizeof total);
-    if (ADD)
-      for (int64_t n = 0; n < width; ++n) out[n] += total[n];
-    else
-      __builtin_memcpy(out, total, width * sizeof(float));
+    for (int64_t n = 0; n < width; n += LANES)
+      store(ADD ? load(out + n, width - n) + load(total + n) : load(total + n), out + n, width - n);
   }
 }
 
@@ -420,8 +433,14 @@ struct Attention : Work {
       for (int64_t o = 0; o < R; ++o)
         if (!seen[(sequence * R + r) * R + o]) score[held + o] = NEVER;
       std::fill(score + held + R, score + width, NEVER);
-      float top = *std::max_element(score, score + width);
-      Lanes total = {};
+      Lanes most = load(score), total = {};
+      for (int64_t s = LANES; s < width; s += LANES) {
+        Lanes next = load(score + s);
+        most = next > most ? next : most;
+      }
+      float tops[LANES];
+      __builtin_memcpy(tops, &most, sizeof most);
+      float top = *std::max_element(tops, tops + LANES);
       for (int64_t s = 0; s < width; s += LANES) {
         Lanes e = exponential(load(score + s) - top);
         total += e;
@@ -450,19 +469,13 @@ struct Attention : Work {
   void weigh(int64_t row, int64_t h, int64_t held, int64_t width, const float* share, const float* v, const float* own,
              float* result) const {
     Lanes acc[W] = {};
-    int64_t count = std::min<int64_t>(LANES, H - h);
     for (int64_t s = 0; s < held + R; ++s) {
-      const float* from = (s < held ? v + s * H : own + (s - held) * H) + h;
-      Lanes value = {};
-      if (count == LANES)
-        value = load(from);
-      else
-        __builtin_memcpy(&value, from, count * sizeof(float));
+      Lanes value = load((s < held ? v + s * H : own + (s - held) * H) + h, H - h);
       for (int i = 0; i < W; ++i) acc[i] += share[i * width + s] * value;
     }
     int64_t group = N / K;
     for (int i = 0; i < W; ++i)
-      __builtin_memcpy(result + ((row + i) / group * N + (row + i) % group) * H, &acc[i], count * sizeof(float));
+      store(acc[i], result + ((row + i) / group * N + (row + i) % group) * H, H - h);
   }
 };
 
@@ -482,14 +495,8 @@ struct ByRow : Work {
   }
 
   void gate(const float* gates, float* to) const {
-    for (int64_t d = 0; d < D; d += LANES) {
-      size_t size = std::min<int64_t>(LANES, D - d) * sizeof(float);
-      Lanes gate = {}, up = {};
-      __builtin_memcpy(&gate, gates + d, size);
-      __builtin_memcpy(&up, gates + D + d, size);
-      Lanes passed = silu(gate) * up;
-      __builtin_memcpy(to + d, &passed, size);
-    }
+    for (int64_t d = 0; d < D; d += LANES)
+      store(silu(load(gates + d, D - d)) * load(gates + D + d, D - d), to + d, D - d);
   }
 };
 
@@ -636,21 +643,33 @@ struct Buffers {
   const float* numbers() { return any().typed_data<float>(); }
 };
 
-// All layers and the final norm, over rows x of a step. `args` are for each layer its norms' scales; for each group its
-// panels, bias, a and b; and the cache's keys and values, which `rets` alias.
-ffi::Error Layers(ffi::ThreadPool pool, Rows x, Heads cosine, Heads sine, Bounds low, Bounds high, Marks seen,
-                  Ints start, Vector final_scale, ffi::RemainingArgs args, ffi::Result<Rows> y,
-                  ffi::RemainingRets rets, ffi::Dictionary attrs) {
+// Row `id` of a table.
+void copy_row(const ffi::AnyBuffer& table, int64_t id, int64_t D, float* to) {
+  if (halves(table))
+    for (int64_t d = 0; d < D; ++d) to[d] = static_cast<const Half*>(table.untyped_data())[id * D + d];
+  else
+    std::copy_n(table.typed_data<float>() + id * D, D, to);
+}
+
+// All layers and the final norm, over the rows of a step: of `tokens`, and behind them `masks`. `args` are for each layer
+// its norms' scales; for each group its panels, bias, a and b; and the cache's keys and values, which `rets` alias.
+ffi::Error Layers(ffi::ThreadPool pool, Ids tokens, ffi::AnyBuffer embedding, Matrix masks, Heads cosine, Heads sine,
+                  Bounds low, Bounds high, Marks seen, Ints start, Vector final_scale, ffi::RemainingArgs args,
+                  ffi::Result<Rows> y, ffi::RemainingRets rets, ffi::Dictionary attrs) {
   auto numbers = [&](const char* name, size_t group) {
     return *attrs.get<Numbers>(name + std::to_string(group));
   };
   Numbers kinds = *attrs.get<Numbers>("kinds"), with_bias = *attrs.get<Numbers>("with_bias");
   float epsilon = *attrs.get<float>("epsilon");
   bool head_norms = *attrs.get<int64_t>("head_norms");
-  int64_t B = x.dimensions()[0], R = x.dimensions()[1], D = x.dimensions()[2], rows = B * R;
-  int64_t real = *attrs.get<int64_t>("real");
+  int64_t B = y->dimensions()[0], R = y->dimensions()[1], D = y->dimensions()[2], rows = B * R;
+  int64_t real = tokens.dimensions()[1];
   float* stream = y->typed_data();
-  std::copy_n(x.typed_data(), rows * D, stream);
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t r = 0; r < real; ++r)
+      copy_row(embedding, tokens.typed_data()[b * real + r], D, stream + (b * R + r) * D);
+    std::copy_n(masks.typed_data(), (R - real) * D, stream + (b * R + real) * D);
+  }
 
   thread_local std::vector<float> normed, projected, attended, gates, gated, inner, own_keys, own_values;
   auto by_row = [&](const float* from, const float* scale, int64_t width, float* to) {
@@ -738,20 +757,13 @@ void pass(float* x, const float* add, int64_t stride, Vector& scale, Vector& shi
   constexpr float EPSILON = 1e-5f;
   int64_t D = scale.dimensions()[0];
   for (int64_t row = 0; row < rows; ++row, x += D, add += stride) {
-    for (int64_t d = 0; d < D; d += LANES) {
-      size_t size = std::min<int64_t>(LANES, D - d) * sizeof(float);
-      Lanes v = {}, more = {};
-      __builtin_memcpy(&v, x + d, size);
-      __builtin_memcpy(&more, add + d, size);
-      v = silu(v + more);
-      __builtin_memcpy(x + d, &v, size);
-    }
     Lanes sums = {};
-    int64_t d = 0;
-    for (; d + LANES <= D; d += LANES) sums += load(x + d);
-    float mean = sum<LANES>(reinterpret_cast<const float*>(&sums));
-    for (; d < D; ++d) mean += x[d];
-    mean /= D;
+    for (int64_t d = 0; d < D; d += LANES) {
+      Lanes passed = silu(load(x + d, D - d) + load(add + d, D - d));
+      sums += passed;  // of what lies behind a row silu makes 0
+      store(passed, x + d, D - d);
+    }
+    float mean = sum<LANES>(reinterpret_cast<const float*>(&sums)) / D;
     for (int64_t d = 0; d < D; ++d) x[d] -= mean;
     norm(x, D, scale.typed_data(), EPSILON, x);
     for (int64_t d = 0; d < D; ++d) x[d] += shift.typed_data()[d];
@@ -789,12 +801,7 @@ ffi::Error Drafts(ffi::ThreadPool pool, Rows z, Rows scores, Ints first, ffi::An
   const int32_t* previous = first.typed_data();
   int64_t apart = 1;
   for (int64_t j = 0; j < M; ++j) {
-    for (int64_t b = 0; b < B; ++b) {
-      int64_t from = previous[b * apart] * D;
-      for (int64_t d = 0; d < D; ++d)
-        latent[b * D + d] = halves(embedding) ? float(static_cast<const Half*>(embedding.untyped_data())[from + d])
-                                              : embedding.typed_data<float>()[from + d];
-    }
+    for (int64_t b = 0; b < B; ++b) copy_row(embedding, previous[b * apart], D, latent.data() + b * D);
     project(latent.data(), B, reads_embedding, h.data());
     pass(h.data(), read.data() + j * D, M * D, scale, shift, B);
     project(h.data(), B, second, latent.data());
@@ -830,8 +837,9 @@ extern "C" int mtp_jax_panel_width() { return WIDTH; }
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_product, Plain,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<ffi::AnyBuffer>().Ret<Matrix>().Attr<Numbers>("ends"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_layers, Layers,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Rows>().Arg<Heads>().Arg<Heads>().Arg<Bounds>().Arg<Bounds>()
-        .Arg<Marks>().Arg<Ints>().Arg<Vector>().RemainingArgs().Ret<Rows>().RemainingRets().Attrs());
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Ids>().Arg<ffi::AnyBuffer>().Arg<Matrix>().Arg<Heads>().Arg<Heads>()
+        .Arg<Bounds>().Arg<Bounds>().Arg<Marks>().Arg<Ints>().Arg<Vector>().RemainingArgs().Ret<Rows>().RemainingRets()
+        .Attrs());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_lookup, LookUp,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<ffi::AnyBuffer>().Arg<Ids>().Ret<Matrix>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_largest, LargestOf,

@@ -93,26 +93,28 @@ class PanelLayer(NamedTuple):
 
 
 def layers(
-    x: Float[Array, "B R D"],
+    tokens: Int[Array, "B real"],
+    embedding: Float[Array, "V D"],
+    masks: Float[Array, "Q D"],
     angles: tuple[Float[Array, "B R 1 H/2"], Float[Array, "B R 1 H/2"]],
     held: tuple[Int[Array, "kinds B R"], Int[Array, "kinds B R"]],
     own_visible: Bool[Array, "kinds B R R"],
     start: Int[Array, " B"],
-    real: int,
     weights: Sequence[PanelLayer],
     norm: Float[Array, " D"],
     cache: Sequence[tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]],
     kinds: Sequence[int],
     epsilon: float,
 ) -> tuple[Float[Array, "B R D"], list[tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]]]:
-    """All layers of a step and the final norm.
+    """All layers of a step and the final norm, over R = real + Q rows.
 
     Args:
+        tokens: of the real rows, whose keys and values are written.
+        masks: embeddings of the rows behind them, which meet the LoRA.
         angles: cosines and sines of the rows' positions.
         held: first slot of the cache that a row sees, and the one behind the last, for each kind of layer.
         own_visible: which of the step's own rows a row sees.
         start: slot of the first row's keys and values; the slots that are seen lie before it.
-        real: how many rows' keys and values are written; those behind them meet the LoRA.
         norm: scale of the final norm.
         kinds: of each layer.
     Returns:
@@ -134,20 +136,19 @@ def layers(
     shape |= {f"offsets{i}": lora.offsets if lora else () for i, lora in enumerate(first.loras)}
     shape |= {"kinds": tuple(kinds), "with_bias": tuple(bias is not None for bias in first.biases)}
     caches = [jax.ShapeDtypeStruct(part.shape, part.dtype) for of_layer in cache for part in of_layer]
-    call = jax.ffi.ffi_call(
-        "mtp_jax_layers", (jax.ShapeDtypeStruct(x.shape, x.dtype), *caches), input_output_aliases=alias
-    )
+    (B, real), (Q, D) = tokens.shape, masks.shape
+    latents = jax.ShapeDtypeStruct((B, real + Q, D), jnp.float32)
+    call = jax.ffi.ffi_call("mtp_jax_layers", (latents, *caches), input_output_aliases=alias)
     y, *written = call(
-        *(x, *angles, *held, own_visible, start, norm, *arguments),
+        *(tokens, embedding, masks, *angles, *held, own_visible, start, norm, *arguments),
         **{name: _numbers(numbers) for name, numbers in shape.items()},
-        real=np.int64(real),
         head_norms=np.int64(len(first.norms) > 2),
         epsilon=np.float32(epsilon),
     )
     return y, list(zip(written[::2], written[1::2], strict=True))
 
 
-_FIXED = 8  # arguments of the call before those of the layers
+_FIXED = 10  # arguments of the call before those of the layers
 
 
 class PanelSampler(NamedTuple):
