@@ -26,6 +26,7 @@ from mtp_jax.errors import run_command
 from mtp_jax.generate import read_prompts
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.folder import find_folder, load_params
+from mtp_jax.model.products import native, pack, times
 from mtp_jax.mtp.adapter_folder import find_adapter, load_adapter
 from mtp_jax.mtp.estimate import Continuations, Estimator, tokens_per_step
 from mtp_jax.mtp.sampler import init_sampler
@@ -90,30 +91,42 @@ def timed(a: argparse.Namespace) -> None:
     """Time the choice of one block's drafts, print."""
     V, D, M = a.vocabulary, a.width, a.masks
     dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    unembed = jax.random.normal(jax.random.key(0), (V, D), dtype)
-    sampler = jax.tree.map(lambda x: x.astype(dtype), init_sampler(D, "residual", jnp.float32(1.0), jax.random.key(1)))
+    in_cpp = native()
+    table = jax.random.normal(jax.random.key(0), (V, D), jnp.bfloat16)
+    sampler = init_sampler(D, "residual", jnp.float32(1.0), jax.random.key(1))
+    sampler = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(dtype), sampler)
+    if in_cpp:  # as a Generator has them
+        first = sampler["linear_0"]["kernel"]
+        sampler["linear_0"]["kernel"] = (pack(first[:D]), pack(first[D:]))
+        sampler["linear_1"]["kernel"] = pack(sampler["linear_1"]["kernel"])
+    panels = pack(table.T.astype(dtype)) if in_cpp else None
     latents = jax.random.normal(jax.random.key(2), (1, M, D), dtype)
-    first = jnp.zeros(1, jnp.int32)
+    behind = jnp.zeros(1, jnp.int32)
 
-    def product(x: Any, table: Any) -> Any:
-        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+    def drafts(table: Any, panels: Any, sampler: Any, latents: Any, behind: Any, shortlist: int | None) -> Any:
+        def head(x: Any) -> Any:
+            if in_cpp:
+                return times(x, panels)
+            return jnp.einsum("...d,vd->...v", x, table.astype(dtype), preferred_element_type=jnp.float32)
 
-    def drafts(table: Any, sampler: Any, latents: Any, first: Any, shortlist: int | None) -> Any:
-        scores = None if shortlist is None else product(latents, table)
-        embed, head = (lambda ids: table[ids]), (lambda x: product(x, table))
-        return choose_drafts(embed, head, table, sampler, "residual", latents, scores, first, shortlist, None)[0]
+        scores = None if shortlist is None else head(latents)
+        chosen = choose_drafts(
+            table, head, table, sampler, "residual", latents, scores, behind, shortlist, None, in_cpp
+        )
+        return chosen[0]
 
-    run = jax.jit(drafts, static_argnums=4)
+    run = jax.jit(drafts, static_argnums=5)
     console = Console(width=110)
-    console.print(f"{jax.devices()[0].device_kind}, V={V}, D={D}, M={M}, {dtype}: drafts of one block, batch 1")
+    how = f"{dtype}, bfloat16 weights{', in C++' if in_cpp else ''}"
+    console.print(f"{jax.devices()[0].device_kind}, V={V}, D={D}, M={M}, {how}: drafts of one block, batch 1")
     for shortlist in (256, None):
-        times = []
+        seconds = []
         for _ in range(8):
             begin = time.perf_counter()
-            jax.block_until_ready(run(unembed, sampler, latents, first, shortlist))
-            times.append(time.perf_counter() - begin)
+            jax.block_until_ready(run(table, panels, sampler, latents, behind, shortlist))
+            seconds.append(time.perf_counter() - begin)
         name = "whole vocabulary" if shortlist is None else f"shortlist of {shortlist}"
-        console.print(f"{name}: {1e3 * statistics.median(times[1:]):.2f} ms")
+        console.print(f"{name}: {1e3 * statistics.median(seconds[1:]):.2f} ms")
 
 
 def main() -> None:

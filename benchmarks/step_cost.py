@@ -3,8 +3,8 @@
     python benchmarks/step_cost.py --config ../shared/models/trio-17m/config.json
     python benchmarks/step_cost.py --config CONFIG.json --dtype bfloat16 --rank 128 --context 1024
 
-Beside the time of a plain step stands the memory-bandwidth bound: the bytes that a step must read (weights, adapter and
-cache) at the bandwidth that a large copy reaches here.
+The weights are bfloat16 numbers, as most checkpoints' are. Beside the time of a plain step stands the memory-bandwidth
+bound: the bytes that a step must read (weights, adapter and cache) at the bandwidth that a large sum reaches here.
 """
 
 import argparse
@@ -44,9 +44,11 @@ def bandwidth() -> float:
 
 def make(g: Geometry, masks: int, rank: int, dtype: Any) -> Generator:
     """A generator of random weights whose adapter has as many masks."""
-    params = jax.jit(lambda key: init_params(g, key, dtype))(jax.random.key(0))
+    params = jax.jit(lambda key: init_params(g, key, jnp.bfloat16))(jax.random.key(0))
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
     shape = AdapterShape(masks, rank, 2.0 * rank, PROJECTIONS, "residual")
-    adapter = init_adapter(g, shape, params["embed"]["embedding"][:256], jax.random.key(1))
+    adapter = init_adapter(g, shape, params["embed"]["embedding"][:256].astype(jnp.float32), jax.random.key(1))
+    adapter = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), adapter)
     variables = decoding_variables(g, params, adapter, shape, dtype, kernels=True)
     return Generator(g, variables, None, (), dtype, shape)
 
@@ -90,8 +92,9 @@ def main() -> None:
     generator = make(g, max(1, *(plan.block for plan in plans)), a.rank, jnp.dtype(a.dtype))
     generator.shortlist, generator.one_head = a.shortlist or None, a.one_head
     sizes = [(str(path), leaf.nbytes) for path, leaf in jax.tree.leaves_with_path(generator.variables)]
-    adapter = sum(size for path, size in sizes if "mtp" in path or path.endswith(("['a']", "['b']")))
-    read = sum(size for path, size in sizes if "head" not in path) - adapter  # the head shares the embeddings' memory
+    adapter = sum(s for path, s in sizes if any(part in path for part in ("'mtp'", "'lora'", "['a']", "['b']")))
+    tables = [size for path, size in sizes if any(part in path for part in ("embed'", "'head'"))]
+    read = sum(size for _, size in sizes) - adapter - sum(tables) + tables[0]  # one whole table, that of the head
     cache = 2 * g.L * a.batch_size * g.K * g.H * a.context * jnp.dtype(a.dtype).itemsize
     rate = bandwidth()
     table = Table("plan", "rows", "ms per step", "against plain", "bound, ms", "of the bound")
