@@ -643,8 +643,9 @@ struct Buffers {
   const float* numbers() { return any().typed_data<float>(); }
 };
 
-// Row `id` of a table.
+// Row `id` of a table; its first or last where there is none, as XLA's gather has it.
 void copy_row(const ffi::AnyBuffer& table, int64_t id, int64_t D, float* to) {
+  id = std::clamp<int64_t>(id, 0, table.dimensions()[0] - 1);
   if (halves(table))
     for (int64_t d = 0; d < D; ++d) to[d] = static_cast<const Half*>(table.untyped_data())[id * D + d];
   else

@@ -83,6 +83,9 @@ def _numbers(numbers: tuple[int, ...]) -> np.ndarray:
     return np.asarray(numbers, np.int64)
 
 
+_FIXED = 10  # arguments of the call for all layers before those of the first
+
+
 class PanelLayer(NamedTuple):
     """Weights of one layer, its projections in groups that read one input: q,k,v; o; gate,up; down."""
 
@@ -146,9 +149,6 @@ def layers(
         epsilon=np.float32(epsilon),
     )
     return y, list(zip(written[::2], written[1::2], strict=True))
-
-
-_FIXED = 10  # arguments of the call before those of the layers
 
 
 class PanelSampler(NamedTuple):
