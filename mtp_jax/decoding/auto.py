@@ -1,8 +1,8 @@
 """The block plan with the most expected tokens per second on this machine, from a short calibration.
 
 What a step of so many rows costs is measured, and the acceptance by depth; from both follows what any plan would give.
-The most promising ones are run, and the fastest of those is taken. The choice is kept on disk per model, adapter, batch
-and device.
+The most promising ones are run, and the fastest of those is taken. The choice is kept on disk per model, adapter,
+batch, device and build of the C++.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import numpy as np
 
 from mtp_jax.decoding.generator import Completion, Generator
 from mtp_jax.decoding.plan import BlockPlan, linear, parse_plan, plain, quadratic
-from mtp_jax.model.products import native
+from mtp_jax.model.products import native_build
 
 CACHE = "~/.cache/mtp_jax/plans"
 _DRAFTS = (1, 2, 3, 4, 6, 8)
@@ -178,5 +178,5 @@ def _one_head_is_faster(generator: Generator, seconds: Callable[[], float]) -> b
 def _identity(generator: Generator, batch_size: int) -> str:
     device = jax.devices()[0]
     of: list[Any] = [generator.identity, batch_size, device.device_kind, jax.device_count(), str(generator.dtype)]
-    of += [generator.shortlist, jax.__version__, native()]
+    of += [generator.shortlist, jax.__version__, native_build()]
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]

@@ -10,7 +10,7 @@ from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.products import PanelLora, native, pack
 from mtp_jax.model.weights import Params
 
-# Groups of projections that read one input; `Layer.step` knows them by these names.
+# Groups of projections that read one input; the decoder knows them by these names.
 GROUPS = {"attention_in": ("q", "k", "v"), "attention_out": ("o",), "mlp_in": ("gate", "up"), "mlp_out": ("down",)}
 
 

@@ -204,6 +204,12 @@ def native() -> bool:
     return jax.default_backend() == "cpu" and os.environ.get("MTP_JAX_NATIVE") != "0" and _library() is not None
 
 
+def native_build() -> str:
+    """Which build of the C++ is at hand; empty where none is."""
+    library = _library() if native() else None
+    return "" if library is None else Path(library._name).stem
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The library, its calls made known to XLA; None where it cannot be had."""

@@ -80,7 +80,7 @@ def test_the_plan_with_the_most_tokens_per_second_is_taken(cost, best, tmp_path)
     assert "auto: " in str(choice)
 
 
-def test_a_choice_is_kept_per_machine_and_batch(tmp_path):
+def test_a_choice_is_kept_per_machine_and_batch(tmp_path, monkeypatch):
     machine = Machine(lambda rows: 1.0)
     first = choose_plan(machine, [[1]] * 4, 1, cache=str(tmp_path))
     runs = machine.runs
@@ -93,4 +93,8 @@ def test_a_choice_is_kept_per_machine_and_batch(tmp_path):
     runs = machine.runs
     choose_plan(machine, [[1]] * 4, 1, cache=str(tmp_path))
     assert machine.runs > runs and len(list(tmp_path.glob("*.json"))) == 3
+    monkeypatch.setattr(auto, "native_build", lambda: "another")
+    runs = machine.runs
+    choose_plan(machine, [[1]] * 4, 1, cache=str(tmp_path))
+    assert machine.runs > runs
     assert auto.CACHE.startswith("~")
