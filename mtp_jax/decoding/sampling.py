@@ -92,6 +92,15 @@ def residual(p: Float[Array, "B V"], ids: Int[Array, "B C"], mass: Float[Array, 
     return jnp.where(jnp.sum(left, axis=-1, keepdims=True) > 0, left, p)
 
 
-def draw(probabilities: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
-    """One token for each row, from probabilities that need not add up to 1."""
-    return jax.vmap(jax.random.categorical)(keys, jnp.log(probabilities))
+def draw(
+    probabilities: Float[Array, "B C"], keys: Key[Array, " B"], ids: Int[Array, "B C"] | None = None
+) -> Int[Array, " B"]:
+    """The index of one token for each row, from probabilities that need not add up to 1.
+
+    Args:
+        ids: the tokens, where they are not all in order. What is drawn does not depend on their order.
+    """
+    if ids is None:
+        return jax.vmap(jax.random.categorical)(keys, jnp.log(probabilities))
+    noise = jax.vmap(jax.vmap(lambda key, token: jax.random.gumbel(jax.random.fold_in(key, token)), (None, 0)))
+    return jnp.argmax(jnp.log(probabilities) + noise(keys, ids), axis=-1)

@@ -13,6 +13,8 @@
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -525,35 +527,48 @@ struct Lookup : Work {
   }
 };
 
-// The first index of the largest number of each class of a row: class c has the numbers c, c + C, c + 2C, ...
+// The indices, in order, of the C largest numbers of each row of x; of equal ones the first. What is no number counts as
+// the smallest.
 struct Largest : Work {
   const float* x;
   int32_t* y;
   int64_t V, C;
 
   void unit(int64_t row) override {
-    if (C > 1) return classes(x + row * V, C, y + row * C);
-    int32_t best[64];  // one class alone would be compared number after number
-    int64_t count = std::min<int64_t>(V, 64);
+    thread_local std::vector<float> tops, values;
+    thread_local std::vector<int32_t> near;
     const float* numbers = x + row * V;
-    classes(numbers, count, best);
-    int32_t top = best[0];
-    for (int64_t c = 1; c < count; ++c)
-      if (numbers[best[c]] > numbers[top] || (numbers[best[c]] == numbers[top] && best[c] < top)) top = best[c];
-    y[row] = top;
+    // Number v is in class v modulo their count. At least C numbers are as large as the C-th of the classes' largest.
+    int64_t classes = std::min(V, std::max<int64_t>(4 * C, 64));
+    tops.assign(classes, LEAST);
+    for (int64_t from = 0; from < V; from += classes)
+      for (int64_t c = 0; c < std::min(classes, V - from); ++c)
+        tops[c] = numbers[from + c] > tops[c] ? numbers[from + c] : tops[c];
+    float bound = least(tops);
+    near.resize(V);
+    int64_t count = 0;
+    for (int64_t v = 0; v < V; ++v) {
+      near[count] = static_cast<int32_t>(v);
+      count += !(numbers[v] < bound);
+    }
+    values.resize(count);
+    for (int64_t i = 0; i < count; ++i) values[i] = std::max(LEAST, numbers[near[i]]);
+    bound = least(values);
+    int64_t equal = C - std::count_if(values.begin(), values.end(), [&](float value) { return value > bound; });
+    int32_t* to = y + row * C;
+    for (int64_t i = 0; i < count; ++i) {
+      float value = std::max(LEAST, numbers[near[i]]);
+      if (value > bound || (value == bound && equal-- > 0)) *to++ = near[i];
+    }
   }
 
-  void classes(const float* numbers, int64_t count, int32_t* best) const {
-    thread_local std::vector<float> top;
-    top.assign(numbers, numbers + count);
-    float* held = top.data();
-    for (int64_t c = 0; c < count; ++c) best[c] = static_cast<int32_t>(c);
-    for (int64_t from = count; from < V; from += count)
-      for (int64_t c = 0; c < std::min(count, V - from); ++c) {
-        float next = numbers[from + c];
-        best[c] = next > held[c] ? static_cast<int32_t>(from + c) : best[c];
-        held[c] = next > held[c] ? next : held[c];
-      }
+ private:
+  static constexpr float LEAST = -std::numeric_limits<float>::infinity();
+
+  // The C-th largest, which moves numbers about.
+  float least(std::vector<float>& of) const {
+    std::nth_element(of.begin(), of.begin() + (C - 1), of.end(), std::greater<float>());
+    return of[C - 1];
   }
 };
 
@@ -772,7 +787,7 @@ void pass(float* x, const float* add, int64_t stride, Vector& scale, Vector& shi
 }
 
 // The drafts of blocks of latents z behind tokens `first`: one after another the likeliest of a mask row's candidates by
-// the sampler head, which reads the embedding of the one before. Candidates are the likeliest of their classes.
+// the sampler head, which reads the embedding of the one before.
 ffi::Error Drafts(ffi::ThreadPool pool, Rows z, Rows scores, Ints first, ffi::AnyBuffer embedding, ffi::AnyBuffer table,
                   ffi::AnyBuffer reads_embedding, ffi::AnyBuffer reads_latent, Vector bias, Vector scale, Vector shift,
                   ffi::AnyBuffer second, Vector second_bias, Vector second_scale, Vector second_shift,
@@ -791,12 +806,12 @@ ffi::Error Drafts(ffi::ThreadPool pool, Rows z, Rows scores, Ints first, ffi::An
     work->prepare(pool.num_threads());
     run(work, pool);
   };
-  auto largest = [&](const float* x, int64_t rows, int64_t V, int64_t classes, int32_t* to) {
+  auto largest = [&](const float* x, int64_t rows, int64_t V, int32_t* to) {
     auto work = std::make_shared<Largest>();
-    work->x = x, work->y = to, work->V = V, work->C = classes, work->units = rows;
+    work->x = x, work->y = to, work->V = V, work->C = C, work->units = rows;
     run(work, pool);
   };
-  largest(scores.typed_data(), B * M, scores.dimensions()[2], C, ids.data());
+  largest(scores.typed_data(), B * M, scores.dimensions()[2], ids.data());
   project(z.typed_data(), B * M, reads_latent, read.data());
   for (int64_t i = 0; i < B * M * D; ++i) read[i] += bias.typed_data()[i % D];
   const int32_t* previous = first.typed_data();

@@ -174,7 +174,7 @@ def draft(
 ) -> Int[Array, "B M"]:
     """Greedy drafts of blocks behind the tokens `first`, chosen by the sampler head from so many candidates each.
 
-    Candidates are the `largest` of that many classes of the base head's scores. `table` is the base head's.
+    Candidates are the `largest` of the base head's scores. `table` is the base head's.
     """
     B, M, _ = z.shape
     w, (bias, second_bias), (scale, second_scale), (shift, second_shift) = sampler[:3], *sampler[3:]
@@ -192,11 +192,11 @@ def look_up(x: Float[Array, "B D"], table: Float[Array, "V D"], ids: Int[Array, 
     return jax.ffi.ffi_call("mtp_jax_lookup", jax.ShapeDtypeStruct(ids.shape, jnp.float32))(x, table, ids)
 
 
-def largest(x: Float[Array, "... V"], classes: int) -> Int[Array, "... C"]:
-    """The first index of the largest number of each class; those are in one class that are equal modulo `classes`."""
+def largest(x: Float[Array, "... V"], count: int) -> Int[Array, "... C"]:
+    """Indices, in order, of the `count` largest numbers; of equal ones the first."""
     rows = x.reshape(-1, x.shape[-1])
-    out = jax.ShapeDtypeStruct((len(rows), classes), jnp.int32)
-    return jax.ffi.ffi_call("mtp_jax_largest", out)(rows).reshape(*x.shape[:-1], classes)
+    out = jax.ShapeDtypeStruct((len(rows), count), jnp.int32)
+    return jax.ffi.ffi_call("mtp_jax_largest", out)(rows).reshape(*x.shape[:-1], count)
 
 
 def native() -> bool:

@@ -138,12 +138,11 @@ def test_xla_alone_gives_the_same_tokens(small_folder, small, monkeypatch):
 
 
 @pytest.mark.parametrize(("V", "count"), [(300, 32), (256, 64), (7, 6)])
-def test_candidates_are_the_likeliest_of_their_classes(V, count):
+def test_candidates_are_the_likeliest_tokens(V, count):
     scores = np.random.default_rng(0).normal(size=(2, 3, V)).astype(np.float32)
-    found = np.asarray(candidates(scores, count))
+    found = np.asarray(candidates(jnp.asarray(scores), count))
     for row, ids in zip(scores.reshape(-1, V), found.reshape(-1, count), strict=True):
-        assert ids.tolist() == [max(range(c, V, count), key=row.__getitem__) for c in range(count)]
-        assert row.argmax() in ids
+        assert sorted(ids) == sorted(sorted(range(V), key=row.__getitem__)[-count:])
 
 
 @pytest.mark.parametrize("plan", ["linear:4", "quadratic:2", "blocks:4,2,1,1,4"])

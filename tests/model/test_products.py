@@ -166,13 +166,15 @@ def test_rows_that_are_looked_up(D, C):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("V", "classes"), [(1000, 256), (297, 1), (40, 1), (300, 300), (4096, 7)])
-def test_the_first_of_the_largest_of_each_class(V, classes):
-    x = DRAW.integers(0, 9, (2, 3, V)).astype(np.float32)  # with many equal ones
-    got = np.asarray(jax.jit(largest, static_argnums=1)(x, classes))
-    for c in range(classes):
-        members = np.arange(c, V, classes)
-        assert (got[..., c] == members[np.argmax(x[..., members], -1)]).all()
+@pytest.mark.parametrize(("V", "count"), [(1000, 256), (297, 1), (40, 1), (300, 300), (4096, 7), (9000, 64)])
+@pytest.mark.parametrize("numbers", ["many equal", "all apart", "few numbers"])
+def test_the_largest_numbers_of_which_the_first_are_taken(V, count, numbers):
+    x = DRAW.integers(0, 9, (2, 3, V)).astype(np.float32) if numbers == "many equal" else normal(2, 3, V)
+    if numbers == "few numbers":
+        x[:, 0], x[:, 1, V // 2 :], x[:, 2, :: V - 1] = np.nan, -np.inf, np.nan
+    got = np.asarray(jax.jit(largest, static_argnums=1)(x, count))
+    expected = np.argsort(-np.nan_to_num(x, nan=-np.inf), axis=-1, kind="stable")[..., :count]
+    assert (got == np.sort(expected, axis=-1)).all()
 
 
 @needs_compiler

@@ -53,7 +53,7 @@ def start_disturbed(start):
 def test_a_killed_run_ends_like_an_undisturbed_one(tree, write_config, start, start_disturbed, finish, undisturbed):
     config, folder, resumed = write_config(tree), Path(tree["output_dir"]), []
     # Lines of metrics: a line per step, and one more at steps 4, 8 and 12. Checkpoints: at steps 3, 6, 9 and 12, and at
-    # 4 and 8, which are the best so far. A save waits until all but one before it are sealed, so the one of step 3 is at
+    # 4 and 8, which are the best so far. A save waits until all but one before it are sealed: that of step 3 is at
     # the ninth line of a run, however slow the disk.
     for point, count in [
         ("tokenizer", 1),

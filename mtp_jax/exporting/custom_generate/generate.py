@@ -739,7 +739,7 @@ class Decoding:
         if scores is None and (sampled is None or not full):
             scores = self.rows.logits(latents)
         if sampled is not None and not full:
-            ids = candidates(scores, self.shortlist)
+            ids = scores.topk(self.shortlist).indices
             table = table[ids].to(latents.dtype)
         read = None if sampled is None else self.adapter.read(latents)
         drafts, probabilities, previous = [], [], first
@@ -771,12 +771,3 @@ class Decoding:
         if self.plan.floating:
             anchors = torch.where(anchors < 0, valid[:, None], anchors)
         return Layout(self.plan.drafts + 1, anchors, to(offsets), to(behind), self.device)
-
-
-def candidates(scores, count):
-    """The likeliest token of each of `count` classes of tokens, those that are equal modulo `count`, without a sort."""
-    V = scores.shape[-1]
-    rows = -(-V // count)
-    padded = F.pad(scores, (0, rows * count - V), value=torch.finfo(scores.dtype).min)
-    best = padded.unflatten(-1, (rows, count)).argmax(dim=-2)
-    return (best * count + torch.arange(count, device=scores.device)).clamp(max=V - 1)
