@@ -39,6 +39,32 @@ def test_it_fits_this_machine(planned, write_config, command):
         assert part in ended.out
 
 
+@pytest.mark.parametrize("plan", ["none", "quadratic:2"])
+def test_the_decoding_step_too(plan, planned, write_config, command):
+    options = ["--decode", "--plan", plan, "--slots", "64", "--batch-size", "2"]
+    ended = command("preflight", "--config", write_config(planned), *options)
+    assert ended.code == 0, ended
+    assert f"decoding {plan}, batch 2 on this machine's cpu, 1 chip (data=1, fsdp=1, tensor=1): fits" in ended.out
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_decoding_step_of_a_pod(batch, planned, llama_config, write_config, command, tmp_path):
+    sizes = {"num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 1024}
+    (tmp_path / "geometry.json").write_text(json.dumps(llama_config | sizes))
+    planned["train"]["batch_size"] = 4
+    planned["mesh"] = {"data": 1, "fsdp": 2, "tensor": 2}
+    options = ["--topology", "v5e:2x2", "--decode", "--slots", "1000", "--batch-size", str(batch), "--json"]
+    ended = command("preflight", "--config", write_config(planned), *options)
+    assert ended.code == 0 and not ended.err, ended
+    found = [json.loads(line) for line in ended.out.splitlines()][1]
+    assert found["what"] == f"decoding quadratic:2, batch {batch}"
+    slots = 1000 + 2 + 1
+    cache = 2 * 2 * llama_config["num_hidden_layers"] * 2 * 64 * slots * batch // 2  # heads are parted, and
+    cache //= 2 if batch % 2 == 0 else 1  # sequences where they can be
+    assert cache < found["arguments"] < 1.5 * cache + 200_000
+
+
 def test_what_does_not_fit_ends_with_1_and_says_what_would_need_less(planned, write_config, command, monkeypatch):
     find = fit.place_of
     monkeypatch.setattr(fit, "place_of", lambda *of: find(*of)._replace(memory=1000))

@@ -1,6 +1,7 @@
 """Where everything lies: the device mesh, and the one table from logical axes to mesh axes."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,9 +53,13 @@ def on(mesh: jax.sharding.Mesh) -> Iterator[None]:
 
 
 def sharding_of(mesh: jax.sharding.Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of logical axes; an axis that a mesh axis does not divide is replicated."""
+    """The sharding of logical axes; one that its mesh axes do not divide is replicated."""
+
+    def parts(names: str | tuple[str, ...] | None) -> int:
+        return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+
     spec = nn.logical_to_mesh_axes(axes, RULES)
-    kept = [name if name and size % mesh.shape[name] == 0 else None for name, size in zip(spec, shape, strict=True)]
+    kept = [names if size % parts(names) == 0 else None for names, size in zip(spec, shape, strict=True)]
     return NamedSharding(mesh, PartitionSpec(*kept))
 
 
