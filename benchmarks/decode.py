@@ -3,6 +3,7 @@
     python benchmarks/decode.py --model ../shared/models/trio-17m --adapter runs/trio-17m/run \\
         --prompts ../shared/data/trio_prompts/math.jsonl ../shared/data/trio_prompts/code.jsonl --count 8
     ... --batch-size 8                                  the same in batches
+    ... --float32-weights                               with weights of four bytes, as a float32 checkpoint has them
     ... --transformers                                  also its greedy and prompt-lookup decoding, batch 1 (torch)
 
 All rows decode the same prompts with the same weights, and take turns: in every round each of them runs once. Shown
@@ -22,11 +23,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from mtp_jax.decoding import generator as generator_module
 from mtp_jax.decoding.auto import choose_plan
 from mtp_jax.decoding.generator import Completion, Generator
 from mtp_jax.decoding.plan import BlockPlan, parse_plan
 from mtp_jax.errors import run_command
 from mtp_jax.generate import read_prompts
+from mtp_jax.model import products
 from mtp_jax.model.folder import find_folder
 
 
@@ -98,9 +101,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--plans", nargs="+", help="by default none, linear and quadratic for every number of masks")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--float32-weights", action="store_true", help="also where two bytes would hold them (CPU)")
     parser.add_argument("--transformers", action="store_true")
     parser.add_argument("--no-auto", action="store_true")
     a = parser.parse_args()
+    if a.float32_weights:
+        products.narrow = generator_module.narrow = lambda x: x
     generator = Generator.load(a.model, None, a.adapter)
     assert generator.shape is not None
     console, size = Console(width=130), a.batch_size
