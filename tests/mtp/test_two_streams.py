@@ -55,8 +55,7 @@ CASES = {
 # Chunked where the shape of a case makes a difference to it.
 CHUNKED = ("all anchors", "padded anchors", "ungated", "sliding windows", "total variation")
 RUNS = [(case, WHOLE) for case in CASES] + [
-    pytest.param(case, PIECES, marks=() if case == "sliding windows" else pytest.mark.slow)
-    for case in CHUNKED
+    pytest.param(case, PIECES, marks=() if case == "sliding windows" else pytest.mark.slow) for case in CHUNKED
 ]
 
 
