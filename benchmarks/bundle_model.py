@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mtp_jax.config import load_config
+from mtp_jax.config_file import load_config
 from mtp_jax.data.sources import read_sources
 from mtp_jax.decoding.generator import Generator
 from mtp_jax.evaluate import TRAINING_FILES

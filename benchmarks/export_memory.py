@@ -32,10 +32,10 @@ def measure(folder: Path, out: Path, kind: str) -> dict[str, float]:
 
     g = read_geometry(folder)
     if kind == "copy":
-        from mtp_jax.model.weights import build_tree
+        from flax.traverse_util import unflatten_dict
 
         shape = AdapterShape(2, 1, 2.0, ("q",), "none")
-        tree = build_tree([(w.path, np.zeros(w.shape, np.float32)) for w in adapter_table(g, shape)])
+        tree = unflatten_dict({w.path: np.zeros(w.shape, np.float32) for w in adapter_table(g, shape)})
         write_adapter(out / "adapter", g, shape, tree, {"name": str(folder), "fingerprint": fingerprint(folder)}, {})
     np.asarray(jnp.ones(8) + 1)
     floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

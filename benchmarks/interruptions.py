@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_jax.errors import run_command
-from mtp_jax.training.manifest import MANIFEST
+from mtp_jax.runs.manifest import MANIFEST
 
 STEPS, EVERY = 48, 6
 DAMAGES = ("deleted", "emptied", "halved", "flipped")

@@ -87,7 +87,7 @@ def measure(folder: Path, dtype: str) -> dict:
     from mtp_jax.config import Mesh
     from mtp_jax.model.folder import load_params, read_geometry
     from mtp_jax.model.weights import weight_table
-    from mtp_jax.training.sharding import make_mesh, weight_sharding
+    from mtp_jax.sharding import make_mesh, weight_sharding
 
     g = read_geometry(folder)
     shardings = None

@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="for instance train.batch_size=4")
     a = parser.parse_args()
     _check(a)
-    from mtp_jax.config import load_config
-    from mtp_jax.training.chips import parse_topology, without_chip
+    from mtp_jax.config_file import load_config
+    from mtp_jax.fitting.chips import parse_topology, without_chip
 
     config = load_config(a.config, a.overrides)
     topologies = a.topology.split(",") if a.topology else [None]
@@ -40,7 +40,7 @@ def main() -> None:
         parse_topology(name)
     if a.topology:
         without_chip()
-    from mtp_jax.training.fit import Fit, check_decoding, check_training, find_geometry, place_of
+    from mtp_jax.fitting.fit import Fit, check_decoding, check_training, find_geometry, place_of
 
     g, fits = find_geometry(config), True
     faults: list[str] = []

@@ -21,7 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: should be at least 1.")
-    from mtp_jax.config import load_config
+    from mtp_jax.config_file import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     wanted = config.data.continuations

@@ -13,10 +13,10 @@ def main() -> None:
     parser.add_argument("--adapter", help="start from this adapter; the same as model.adapter=...")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="for instance train.steps=100")
     arguments = parser.parse_args()
-    from mtp_jax.training import processes
+    from mtp_jax.runs import processes
 
     with processes.together():
-        from mtp_jax.config import load_config
+        from mtp_jax.config_file import load_config
 
         overrides = [*arguments.overrides, *([f"model.adapter={arguments.adapter}"] if arguments.adapter else [])]
         config = load_config(arguments.config, overrides)

@@ -102,7 +102,7 @@ def tree(make_tree, tmp_path):
 @pytest.fixture(scope="session")
 def finished(make_tree, tmp_path_factory):
     """The output folder of a tiny run that ended undisturbed; not to be changed."""
-    from mtp_jax.config import validate
+    from mtp_jax.config_file import validate
     from mtp_jax.training.run import train
 
     folder = tmp_path_factory.mktemp("finished") / "run"

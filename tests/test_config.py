@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mtp_jax.config import dump, load_config, validate
+from mtp_jax.config_file import dump, load_config, validate
 from mtp_jax.errors import UserError
 
 GOOD = {

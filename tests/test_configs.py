@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_jax.config import load_config
+from mtp_jax.config_file import load_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

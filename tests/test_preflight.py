@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from mtp_jax.training import fit
+from mtp_jax.fitting import fit
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 

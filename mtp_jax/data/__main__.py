@@ -20,7 +20,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.examples < 0:
         raise UserError(f"--examples {arguments.examples}: should be at least 0.")
-    from mtp_jax.config import load_config
+    from mtp_jax.config_file import load_config
 
     config = load_config(arguments.config, arguments.overrides)
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import Source
+from mtp_jax.config import FORMATS, FORMS, Source, chosen_forms
 from mtp_jax.data.examples import Completion, Content, Conversation, Example, Examples, Text
-from mtp_jax.data.source_rules import FORMATS, FORMS, chosen_forms
 from mtp_jax.data.streams import Stream
 from mtp_jax.errors import UserError
 from mtp_jax.storage import local

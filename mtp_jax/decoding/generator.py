@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtp_jax import sharding
 from mtp_jax.decoding.fusion import fuse, in_cpp
 from mtp_jax.decoding.loop import DecodeState, Decoding, Limits
 from mtp_jax.decoding.plan import BlockPlan, plain
@@ -24,7 +25,6 @@ from mtp_jax.model.products import narrow, pack
 from mtp_jax.model.weights import Params, unstack_layers
 from mtp_jax.mtp.adapter import AdapterShape, with_adapter
 from mtp_jax.mtp.adapter_folder import TENSORS, find_adapter, fingerprint, load_adapter
-from mtp_jax.training import sharding
 
 _SMALLEST_BUCKET = 32
 _STEPS_BETWEEN_LOOKS = 4

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.placement import parts_of
+from mtp_jax.sharding import parts_of
 
 # Float32 attention scores that may exist at a time, on each device.
 _SCORE_BYTES = 64 << 20

@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 from mtp_jax.model.attention import Blocks, Keys, LayerCache, attend, attend_blocks, attend_rows, visibility
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.kernels import flash, misfit
-from mtp_jax.model.placement import parts_of
 from mtp_jax.model.products import PanelLayer, Panels, layers
 from mtp_jax.model.projection import Matrices, Projection
 from mtp_jax.model.rope import angles, rotate
+from mtp_jax.sharding import parts_of
 
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from mtp_jax.errors import UserError
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.weights import EMBED_KEY, UNEMBED_KEY, Params, Weight, build_tree, weight_table
+from mtp_jax.model.weights import EMBED_KEY, UNEMBED_KEY, Params, Weight, weight_table
 from mtp_jax.storage import local
 
 # Files of a model on the hub that are of use: no code, no pickles.
@@ -267,7 +268,7 @@ def load_params(
         sharding = shardings(weight) if shardings else one_device
         leaf = jax.make_array_from_callback(weight.shape, sharding, read)
         items.append((weight.path, jax.block_until_ready(leaf)))
-    return build_tree(items)
+    return unflatten_dict(dict(items))
 
 
 def stored_dtype(folder: Path) -> np.dtype:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from mtp_jax.model.attention import LayerCache
-from mtp_jax.model.placement import parts_of, spec_of
+from mtp_jax.sharding import parts_of, spec_of
 
 PLATFORMS = {"splash": ("tpu",), "cudnn": ("cuda", "gpu")}
 _LANES = 128  # rows of a sequence that a TPU kernel takes come in multiples of it

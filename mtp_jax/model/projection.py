@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtp_jax.model.placement import place
+from mtp_jax.sharding import place
 
 
 class Matrices(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
@@ -25,7 +26,7 @@ class Weight:
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
-    axes: tuple[str | None, ...]  # logical axis names, mapped to the mesh by `mtp_jax.training.sharding`
+    axes: tuple[str | None, ...]  # logical axis names, mapped to the mesh by `mtp_jax.sharding`
     key: str  # the Hugging Face name, with {layer} where stacked
     transposed: bool = False  # stored as [out, in], ours is [in, out]
 
@@ -83,17 +84,6 @@ def weight_table(g: Geometry) -> tuple[Weight, ...]:
     return tuple(table)
 
 
-def build_tree(items: list[tuple[tuple[str, ...], Any]]) -> Params:
-    """A nested dict from pairs of path and leaf."""
-    tree: Params = {}
-    for path, leaf in items:
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return tree
-
-
 def leaf_at(tree: Params, path: tuple[str, ...]) -> Any:
     """The leaf of a nested dict at a path."""
     for name in path:
@@ -110,12 +100,12 @@ def init_params(g: Geometry, key: PRNGKeyArray, dtype: jnp.dtype = jnp.float32) 
         scale = g.init_scale / (math.sqrt(2 * g.L) if weight.path[1] in ("o", "down") else 1.0)
         return (scale * jax.random.normal(jax.random.fold_in(key, index), weight.shape)).astype(dtype)
 
-    return build_tree([(weight.path, draw(i, weight)) for i, weight in enumerate(weight_table(g))])
+    return unflatten_dict({weight.path: draw(i, weight) for i, weight in enumerate(weight_table(g))})
 
 
 def abstract_params(g: Geometry, dtype: jnp.dtype) -> Params:
     """Shapes and dtypes of all weights, without the weights."""
-    return build_tree([(weight.path, jax.ShapeDtypeStruct(weight.shape, dtype)) for weight in weight_table(g)])
+    return unflatten_dict({weight.path: jax.ShapeDtypeStruct(weight.shape, dtype) for weight in weight_table(g)})
 
 
 def unstack_layers(params: Params) -> Params:
@@ -133,4 +123,4 @@ def unstack_layers(params: Params) -> Params:
             layers = jax.device_put(layers, placed)
         items += [((f"layer_{i}", *path), layer) for i, layer in enumerate(layers)]
         leaf.delete()
-    return rest | build_tree(items)
+    return rest | unflatten_dict(dict(items))

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jaxtyping import PRNGKeyArray
 
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.weights import Params, Weight, build_tree
+from mtp_jax.model.weights import Params, Weight
 from mtp_jax.mtp.lora import init_lora, lora_table, scaled
 from mtp_jax.mtp.sampler import init_sampler, sampler_table
 
@@ -58,7 +59,7 @@ def init_adapter(g: Geometry, shape: AdapterShape, embedding: jax.Array, key: PR
 
 def abstract_adapter(g: Geometry, shape: AdapterShape) -> Params:
     """Shapes of all trainable arrays."""
-    return build_tree([(w.path, jax.ShapeDtypeStruct(w.shape, jnp.float32)) for w in adapter_table(g, shape)])
+    return unflatten_dict({w.path: jax.ShapeDtypeStruct(w.shape, jnp.float32) for w in adapter_table(g, shape)})
 
 
 def with_adapter(params: Params, adapter: Params, shape: AdapterShape) -> Params:

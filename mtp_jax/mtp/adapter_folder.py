@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -16,7 +17,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.model.folder import find_folder, read_json, read_slice, stored_tensors
 from mtp_jax.model.folder_writer import on_host, whole_or_absent
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.weights import PROJECTIONS, Params, build_tree, leaf_at
+from mtp_jax.model.weights import PROJECTIONS, Params, leaf_at
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table
 from mtp_jax.storage import local
 
@@ -171,4 +172,4 @@ def load_adapter(folder: Path, g: Geometry, base_folder: Path | None) -> tuple[A
         raise UserError(f"{folder / TENSORS}: damaged or truncated ({error}).") from error
     if faults:
         raise UserError(f"{folder / TENSORS}: does not fit {CONFIG} and the base model: {'; '.join(faults)}.")
-    return shape, build_tree(items)
+    return shape, unflatten_dict(dict(items))

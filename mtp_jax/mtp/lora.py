@@ -6,10 +6,11 @@ asks for the `lora` collection, so real rows cannot depend on it and nothing is 
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jaxtyping import PRNGKeyArray
 
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.weights import Params, Weight, build_tree, weight_table
+from mtp_jax.model.weights import Params, Weight, weight_table
 
 
 def lora_table(g: Geometry, targets: tuple[str, ...], rank: int) -> tuple[Weight, ...]:
@@ -37,7 +38,7 @@ def init_lora(g: Geometry, targets: tuple[str, ...], rank: int, key: PRNGKeyArra
         else:
             draw = jnp.zeros(weight.shape)
         items.append((weight.path, draw))
-    return build_tree(items)
+    return unflatten_dict(dict(items))
 
 
 def scaled(lora: Params, scale: float) -> Params:

@@ -5,17 +5,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from mtp_jax.model.attention import Blocks, Keys, LayerCache
 from mtp_jax.model.decoder import Decoder, head
-from mtp_jax.model.placement import place
-from mtp_jax.model.weights import Params, build_tree, leaf_at
+from mtp_jax.model.weights import Params, leaf_at
 from mtp_jax.mtp.accumulation import accumulated, cut
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table, with_adapter
 from mtp_jax.mtp.blocks import Targets, blocks_of, targets_of
 from mtp_jax.mtp.sampler import sample_latent
 from mtp_jax.mtp.vocabulary import cross_entropy, divergence, over_chunks, sum_over_chunks
+from mtp_jax.sharding import place
 
 Sums = dict[str, Array]
 
@@ -216,7 +217,7 @@ class MultiTokenLoss:
     def _placed(self, trained: Params) -> Params:
         """A tree like what is trained, lying where that lies."""
         table = adapter_table(self.model.g, self.shape)
-        return build_tree([(w.path, place(leaf_at(trained, w.path), *w.axes)) for w in table])
+        return unflatten_dict({w.path: place(leaf_at(trained, w.path), *w.axes) for w in table})
 
     def _sampled(self, sampler: Params, frozen: Params, previous: Array, latents: Array) -> Array:
         embedding = self.model.apply({"params": frozen["params"]}, previous, method="embeddings")

@@ -22,10 +22,10 @@ from mtp_jax.model.folder import (
 )
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, init_params, weight_table
+from mtp_jax.runs import processes
+from mtp_jax.runs.folder import RunFolder
+from mtp_jax.sharding import table_sharding, weight_sharding
 from mtp_jax.storage import local
-from mtp_jax.training import processes
-from mtp_jax.training.run_folder import RunFolder
-from mtp_jax.training.sharding import table_sharding, weight_sharding
 
 _TOKENIZER = "tokenizer_config.json"
 

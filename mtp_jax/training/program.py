@@ -7,17 +7,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
+from mtp_jax import sharding
 from mtp_jax.config import Config
 from mtp_jax.data.pipeline import Anchors, anchors_of
 from mtp_jax.errors import UserError
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.kernels import PLATFORMS, misfit
-from mtp_jax.model.weights import Params, Weight, abstract_params, build_tree, weight_table
+from mtp_jax.model.weights import Params, Weight, abstract_params, weight_table
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
-from mtp_jax.training import sharding
 from mtp_jax.training.next_token import NextToken
 from mtp_jax.training.optimizer import learning_rate, make_optimizer
 from mtp_jax.training.step import Objective, TrainState, make_train_step
@@ -57,7 +58,7 @@ def build_program(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> Progr
         # Frozen weights are kept as they are computed with: nothing is added to them that would need more.
         frozen = {"params": abstract_params(g, jnp.dtype(config.model.compute_dtype))}
         frozen = abstract(frozen, {"params": sharding.table_sharding(mesh, weight_table(g))})
-    tx = make_optimizer(config.train, build_tree([(weight.path, weight.decays) for weight in table]))
+    tx = make_optimizer(config.train, unflatten_dict({weight.path: weight.decays for weight in table}))
     weights, trained = sharding.table_sharding(mesh, table), shapes_of(table)
     placed = TrainState(sharding.replicated(mesh), weights, sharding.optimizer_sharding(mesh, tx, trained, weights))
     shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(tx.init, trained))
@@ -157,7 +158,7 @@ def check_divides(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 def shapes_of(table: tuple[Weight, ...]) -> Params:
     """Shapes of a table's float32 arrays."""
-    return build_tree([(weight.path, jax.ShapeDtypeStruct(weight.shape, jnp.float32)) for weight in table])
+    return unflatten_dict({weight.path: jax.ShapeDtypeStruct(weight.shape, jnp.float32) for weight in table})
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -10,8 +10,8 @@ import numpy as np
 from mtp_jax.config import Config
 from mtp_jax.data.pipeline import Batch
 from mtp_jax.errors import UserError
-from mtp_jax.training.journal import Journal, Trackers
-from mtp_jax.training.progress import ProgressBar
+from mtp_jax.runs.journal import Journal, Trackers
+from mtp_jax.runs.progress import ProgressBar
 from mtp_jax.training.step import WEIGHTS_FINITE
 from mtp_jax.training.tasks import plain
 

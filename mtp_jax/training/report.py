@@ -7,14 +7,14 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from mtp_jax.config import validate
+from mtp_jax import sharding
+from mtp_jax.config_file import validate
 from mtp_jax.data.examples import Example
 from mtp_jax.data.pipeline import held_out_batches
 from mtp_jax.mtp.adapter_folder import find_adapter, read_shape
-from mtp_jax.training import sharding
+from mtp_jax.runs.folder import RunFolder
 from mtp_jax.training.base import find_base
 from mtp_jax.training.program import build_program
-from mtp_jax.training.run_folder import RunFolder
 from mtp_jax.training.tasks import MultiTokenTask
 
 

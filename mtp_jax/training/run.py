@@ -11,24 +11,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtp_jax import storage
+from mtp_jax import sharding, storage
 from mtp_jax.config import Config
 from mtp_jax.data.pipeline import Batch, held_out_batches, training_batches
 from mtp_jax.data.sources import read_sources
 from mtp_jax.data.supervision import check_supervision
 from mtp_jax.errors import Interrupted, UserError, warn
 from mtp_jax.model.folder_writer import parameter_count, whole_or_absent
-from mtp_jax.training import processes, sharding
+from mtp_jax.runs import processes
+from mtp_jax.runs.best import Best
+from mtp_jax.runs.checkpoints import Checkpoints
+from mtp_jax.runs.claim import claim
+from mtp_jax.runs.folder import RunFolder
+from mtp_jax.runs.interruption import Interruption
+from mtp_jax.runs.journal import Journal, Trackers, check_trackers
+from mtp_jax.runs.progress import ProgressBar
 from mtp_jax.training.base import check_base, find_base
-from mtp_jax.training.best import Best
-from mtp_jax.training.checkpoints import Checkpoints
-from mtp_jax.training.claim import claim
-from mtp_jax.training.interruption import Interruption
-from mtp_jax.training.journal import Journal, Trackers, check_trackers
 from mtp_jax.training.program import build_program, check_divides
-from mtp_jax.training.progress import ProgressBar
 from mtp_jax.training.recorder import Recorder
-from mtp_jax.training.run_folder import RunFolder
 from mtp_jax.training.step import TrainState
 from mtp_jax.training.tasks import MultiTokenTask, check_adapter, make_task
 

@@ -23,11 +23,11 @@ from mtp_jax.mtp.adapter import init_adapter
 from mtp_jax.mtp.adapter_folder import CONFIG, find_adapter, fingerprint, load_adapter, write_adapter
 from mtp_jax.mtp.estimate import Continuations, Estimator, table
 from mtp_jax.mtp.losses import MultiTokenLoss
+from mtp_jax.sharding import put, replicated
 from mtp_jax.training.base import Base, load_base
 from mtp_jax.training.evaluation import make_evaluate
 from mtp_jax.training.next_token import NextToken
 from mtp_jax.training.program import Program, adapter_shape
-from mtp_jax.training.sharding import put, replicated
 
 
 class Task(Protocol):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from mtp_jax.config import validate
+from mtp_jax.config_file import validate
 from mtp_jax.data.encoding import Encoder
 from mtp_jax.data.pipeline import Anchors, held_out_batches, training_batches
 from mtp_jax.data.sources import documents

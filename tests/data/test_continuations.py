@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import listing, read_lines
 
-from mtp_jax.config import Continuations, Data, validate
+from mtp_jax.config import Continuations, Data
+from mtp_jax.config_file import validate
 from mtp_jax.data.continuations import choose_prompts, read_continuations
 from mtp_jax.data.encoding import Encoder
 from mtp_jax.data.examples import Completion, Conversation, Example, Text

@@ -5,10 +5,10 @@ import sys
 
 import jax
 
+from mtp_jax import sharding
 from mtp_jax.config import Mesh
 from mtp_jax.decoding.generator import Generator, Sampling
 from mtp_jax.decoding.plan import parse_plan
-from mtp_jax.training import sharding
 
 
 def main():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 import mtp_jax.exporting
 from mtp_jax.model.folder import read_geometry
@@ -18,7 +19,6 @@ CODE = Path(mtp_jax.exporting.__file__).parent / "custom_generate" / "generate.p
 
 def noisy_adapter(base, out, masks=3, sampler="residual", targets=PROJECTIONS, gated=True):
     """An adapter folder full of noise, norms around 1, for the base model of a folder."""
-    from mtp_jax.model.weights import build_tree
 
     g = read_geometry(base)
     shape = AdapterShape(masks, 4, 8.0, targets, sampler, gated)
@@ -30,7 +30,7 @@ def noisy_adapter(base, out, masks=3, sampler="residual", targets=PROJECTIONS, g
         elif weight.path[-1] != "masks":
             noise *= 1.1 / weight.shape[-2] ** 0.5 if len(weight.shape) > 1 else 0.2
         items.append((weight.path, noise))
-    tree = build_tree(items)
+    tree = unflatten_dict(dict(items))
     pointer = {"name": str(base), "fingerprint": fingerprint(base)}
     write_adapter(out, g, shape, tree, pointer, {"steps": 1, "held_out": {"tokens_per_step": {"1": 1.5}}})
     return shape, jax.tree.map(np.asarray, tree)

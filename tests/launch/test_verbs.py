@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_created_unless_forced(t
 
 def test_preflight_takes_the_words_it_is_called_with(tmp_path, command, monkeypatch):
     from mtp_jax.errors import UserError
-    from mtp_jax.training import chips, fit
+    from mtp_jax.fitting import chips, fit
 
     repository, asked = make_repository(tmp_path), []
     (repository / "mtp_jax").mkdir()

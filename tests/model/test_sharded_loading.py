@@ -19,7 +19,7 @@ from mtp_jax.config import Mesh
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.folder import load_params, read_geometry
 from mtp_jax.model.weights import leaf_at, weight_table
-from mtp_jax.training.sharding import make_mesh, on, weight_sharding
+from mtp_jax.sharding import make_mesh, on, weight_sharding
 
 folder = Path(sys.argv[1])
 g = read_geometry(folder)

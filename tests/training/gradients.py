@@ -12,7 +12,8 @@ import jax
 import optax
 import yaml
 
-from mtp_jax.training import processes, program
+from mtp_jax.runs import processes
+from mtp_jax.training import program
 
 
 class Kept(NamedTuple):
@@ -31,7 +32,7 @@ def keep_gradient():
 def main():
     program.make_optimizer = lambda train, _: optax.chain(keep_gradient(), optax.sgd(train.learning_rate))
     with processes.together():
-        from mtp_jax.config import validate
+        from mtp_jax.config_file import validate
         from mtp_jax.training.run import train
 
         tree = yaml.safe_load(Path(sys.argv[1]).read_text())

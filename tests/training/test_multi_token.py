@@ -15,7 +15,7 @@ from disturbed import __file__ as DISTURBED
 from orbax.checkpoint import StandardCheckpointer
 from safetensors.numpy import load_file
 
-from mtp_jax.config import validate
+from mtp_jax.config_file import validate
 from mtp_jax.data.pipeline import Anchors, training_batches
 from mtp_jax.data.sources import read_sources
 from mtp_jax.errors import UserError

@@ -5,13 +5,14 @@ import subprocess
 import time
 from pathlib import Path
 
+import disturbed
 import numpy as np
 import pytest
 from conftest import read_lines
 from disturbed import BALLAST
 from safetensors.numpy import load_file
 
-DISTURBED = Path(__file__).with_name("disturbed.py")
+DISTURBED = Path(disturbed.__file__)
 SIGKILLED = -9
 
 

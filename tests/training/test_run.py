@@ -12,12 +12,13 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import listing, read_lines
 
-from mtp_jax.config import validate
+from mtp_jax.config_file import validate
 from mtp_jax.errors import UserError
-from mtp_jax.training import checkpoints, program, tasks
-from mtp_jax.training.checkpoints import Checkpoints
-from mtp_jax.training.claim import claim
-from mtp_jax.training.run_folder import RunFolder
+from mtp_jax.runs import checkpoints
+from mtp_jax.runs.checkpoints import Checkpoints
+from mtp_jax.runs.claim import claim
+from mtp_jax.runs.folder import RunFolder
+from mtp_jax.training import program, tasks
 from mtp_jax.training.step import WEIGHTS_FINITE, TrainState
 
 

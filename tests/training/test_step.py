@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from mtp_jax.config import Train
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.weights import build_tree, init_params, weight_table
+from mtp_jax.model.weights import init_params, weight_table
 from mtp_jax.training.next_token import NextToken
 from mtp_jax.training.optimizer import learning_rate, make_optimizer
 from mtp_jax.training.step import WEIGHTS_FINITE, TrainState, make_train_step
@@ -135,7 +136,7 @@ def test_the_learning_rate_follows_the_formula(schedule, warmup):
 
 
 def optimizer_for(g, **settings):
-    decays = build_tree([(weight.path, weight.decays) for weight in weight_table(g)])
+    decays = unflatten_dict({weight.path: weight.decays for weight in weight_table(g)})
     return make_optimizer(SETTINGS.model_copy(update=settings), decays)
 
 

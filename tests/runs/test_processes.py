@@ -222,7 +222,7 @@ def test_wrong_variables_are_told(tree, write_config, command, monkeypatch, envi
 
 def test_a_process_that_waits_for_others_in_vain_says_so(start, finish, tree, write_config):
     impatient = (
-        "import runpy, sys; from mtp_jax.training import processes; processes._JOIN_SECONDS = 2; "
+        "import runpy, sys; from mtp_jax.runs import processes; processes._JOIN_SECONDS = 2; "
         "sys.argv = sys.argv[1:]; runpy.run_module('mtp_jax.train', run_name='__main__')"
     )
     address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}

@@ -4,15 +4,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
+from mtp_jax import sharding
 from mtp_jax.decoding.generator import variables_of
 from mtp_jax.decoding.loop import PREFILL_CHUNK, DecodeState, Decoding, Limits
 from mtp_jax.decoding.plan import BlockPlan
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.weights import Params, build_tree, weight_table
+from mtp_jax.model.weights import Params, weight_table
 from mtp_jax.mtp.adapter import AdapterShape, abstract_adapter
-from mtp_jax.training import sharding
 
 
 def decoding_program(
@@ -63,7 +64,7 @@ def _params(g: Geometry, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> Params:
         else:
             placed = sharding.weight_sharding(mesh, weight)
             items.append((weight.path, jax.ShapeDtypeStruct(weight.shape, dtype, sharding=placed)))
-    return build_tree(items)
+    return unflatten_dict(dict(items))
 
 
 def _placed(tree: Any, where: jax.sharding.Sharding) -> Any:

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from mtp_jax.errors import UserError
-from mtp_jax.training.chips import parse_topology, topology_devices
+from mtp_jax.fitting.chips import parse_topology, topology_devices
 
 
 @pytest.mark.parametrize(

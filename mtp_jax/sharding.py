@@ -1,19 +1,20 @@
-"""Where everything lies: the device mesh, and the one table from logical axes to mesh axes."""
+"""Where arrays lie: the device mesh, the one table from logical axes to mesh axes, and placement within a program."""
 
 import contextlib
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from flax.traverse_util import unflatten_dict
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from mtp_jax.config import Mesh as MeshConfig
 from mtp_jax.errors import UserError
-from mtp_jax.model.weights import Params, Weight, build_tree
 
 AXES = ("data", "fsdp", "tensor")
 RULES = (
@@ -27,6 +28,17 @@ RULES = (
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
 )
+
+
+class Placed(Protocol):
+    """A row of a weight table, as far as its placement goes."""
+
+    @property
+    def path(self) -> tuple[str, ...]: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def axes(self) -> tuple[str | None, ...]: ...
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> jax.sharding.Mesh:
@@ -63,14 +75,14 @@ def sharding_of(mesh: jax.sharding.Mesh, axes: tuple[str | None, ...], shape: tu
     return NamedSharding(mesh, PartitionSpec(*kept))
 
 
-def weight_sharding(mesh: jax.sharding.Mesh, weight: Weight) -> NamedSharding:
+def weight_sharding(mesh: jax.sharding.Mesh, weight: Placed) -> NamedSharding:
     """The sharding of one row of the weight table."""
     return sharding_of(mesh, weight.axes, weight.shape)
 
 
-def table_sharding(mesh: jax.sharding.Mesh, table: tuple[Weight, ...]) -> Params:
+def table_sharding(mesh: jax.sharding.Mesh, table: Sequence[Placed]) -> dict[str, Any]:
     """The sharding of every weight of a table."""
-    return build_tree([(weight.path, weight_sharding(mesh, weight)) for weight in table])
+    return unflatten_dict({weight.path: weight_sharding(mesh, weight) for weight in table})
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -104,3 +116,33 @@ def optimizer_sharding(mesh: jax.sharding.Mesh, tx: optax.GradientTransformation
     return optax.tree.map_params(
         tx, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: replicated(mesh)
     )
+
+
+# ---- within a program
+
+
+def spec_of(*axes: str | None) -> PartitionSpec:
+    """The mesh axes of logical axes; none of them outside of a mesh."""
+    spec = nn.logical_to_mesh_axes(axes) if jax.sharding.get_abstract_mesh().shape else None
+    return PartitionSpec(*[None] * len(axes)) if spec is None else spec
+
+
+def parts_of(*axes: str) -> int:
+    """Over how many devices logical axes are spread; 1 outside of a mesh."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    names = [name for entry in spec_of(*axes) if entry for name in ((entry,) if isinstance(entry, str) else entry)]
+    return math.prod(sizes[name] for name in names)
+
+
+def place(x: Array, *axes: str | None) -> Array:
+    """`x`, spread by its logical axes; one that is None, or that the devices do not divide, is whole on each of them.
+
+    Said of a weight just before it is used, this makes the compiler gather weights, and not move activations instead.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return x
+    kept = [
+        name if axis is not None and size % parts_of(axis) == 0 else None
+        for name, axis, size in zip(spec_of(*axes), axes, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))

@@ -11,7 +11,7 @@ import pytest
 from conftest import read_lines
 from test_resume import assert_complete, assert_same, outcome_of_run
 
-from mtp_jax.training.journal import Journal
+from mtp_jax.runs.journal import Journal
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -42,8 +42,8 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(tree, write_config, command
 
 TWICE = """
 import os, signal, time
-from mtp_jax.training.interruption import Interruption
-from mtp_jax.training.sharding import make_mesh
+from mtp_jax.runs.interruption import Interruption
+from mtp_jax.sharding import make_mesh
 from mtp_jax.config import Mesh
 
 with Interruption(make_mesh(Mesh()), print) as interruption:

@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import disturbed
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +14,13 @@ from safetensors.numpy import load, load_file
 from mtp_jax import storage
 from mtp_jax.config import Checkpoints as Section
 from mtp_jax.errors import UserError
-from mtp_jax.training import checkpoints as module
-from mtp_jax.training.checkpoints import Checkpoints
+from mtp_jax.runs import checkpoints as module
+from mtp_jax.runs.checkpoints import Checkpoints
 from mtp_jax.training.program import abstract
-from mtp_jax.training.run_folder import RunFolder
+from mtp_jax.runs.folder import RunFolder
 from mtp_jax.training.step import TrainState
 
-DISTURBED = Path(__file__).with_name("disturbed.py")
+DISTURBED = Path(disturbed.__file__)
 RUN = "gs://b/runs/one"
 SIGKILLED = -9
 
@@ -186,7 +187,7 @@ def test_a_bucket_that_does_not_exist_is_one_line(tree, write_config, bucket, co
 
 
 def test_other_settings_for_a_run_in_a_bucket_are_refused(tree, bucket, write_config, command):
-    from mtp_jax.config import dump, validate
+    from mtp_jax.config_file import dump, validate
 
     storage.write(f"{RUN}/config.yaml", dump(validate(tree | {"output_dir": RUN, "seed": 1}, "tree")).encode())
     ended = command("train", "--config", write_config(tree | {"output_dir": RUN}))

@@ -8,7 +8,7 @@ import jax
 import optax
 import yaml
 
-from mtp_jax.config import validate
+from mtp_jax.config_file import validate
 from mtp_jax.training import run
 
 

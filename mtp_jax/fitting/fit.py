@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mtp_jax import sharding
 from mtp_jax.config import Config
 from mtp_jax.decoding.plan import parse_plan, plain, quadratic
-from mtp_jax.decoding.program import decoding_program
 from mtp_jax.errors import UserError
+from mtp_jax.fitting.chips import EFFICIENCY, Chip, local_chip, parse_topology, topology_devices
+from mtp_jax.fitting.compiled import bytes_by_kind, collectives, flops
+from mtp_jax.fitting.decoding import decoding_program
 from mtp_jax.model.folder import find_folder, read_json
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.mtp.losses import MultiTokenLoss
-from mtp_jax.training import sharding
-from mtp_jax.training.chips import EFFICIENCY, Chip, local_chip, parse_topology, topology_devices
-from mtp_jax.training.compiled import bytes_by_kind, collectives, flops
 from mtp_jax.training.program import Program, adapter_shape, build_program, check_divides
 
 

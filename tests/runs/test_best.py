@@ -8,7 +8,7 @@ from conftest import read_lines
 from safetensors.numpy import load_file
 
 from mtp_jax.training import tasks
-from mtp_jax.training.best import Best
+from mtp_jax.runs.best import Best
 
 
 def line(step, loss, **estimate):

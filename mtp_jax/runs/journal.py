@@ -9,7 +9,7 @@ from typing import Any
 
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
-from mtp_jax.training import processes
+from mtp_jax.runs import processes
 
 
 class Journal:

@@ -26,7 +26,7 @@ def runs(make_tree, tmp_path_factory):
     """What on_meshes.py found on every mesh, and the losses of one device."""
     import yaml
 
-    from mtp_jax.config import validate
+    from mtp_jax.config_file import validate
     from mtp_jax.training.run import train
 
     folder = tmp_path_factory.mktemp("meshes")

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mtp_jax.errors import end_at_once
-from mtp_jax.training.sharding import AXES, replicated
+from mtp_jax.sharding import AXES, replicated
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

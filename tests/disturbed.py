@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from mtp_jax.model import folder_writer
-from mtp_jax.training.checkpoints import Checkpoints
-from mtp_jax.training.journal import Journal
+from mtp_jax.runs.checkpoints import Checkpoints
+from mtp_jax.runs.journal import Journal
 
 BALLAST = "ballast"
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mtp_jax.training.manifest import MANIFEST, digests, fault_of, write_manifest
+from mtp_jax.runs.manifest import MANIFEST, digests, fault_of, write_manifest
 
 
 @pytest.fixture

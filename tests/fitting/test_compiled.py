@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mtp_jax.training.compiled import Collective, array_bytes, bytes_by_kind, collectives, flops
+from mtp_jax.fitting.compiled import Collective, array_bytes, bytes_by_kind, collectives, flops
 
 HLO = """HloModule jit_step
 

@@ -18,7 +18,7 @@ import sys
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grain
 import jax
@@ -27,10 +27,11 @@ import orbax.checkpoint as ocp
 from mtp_jax.config import Checkpoints as CheckpointConfig
 from mtp_jax.data.pipeline import merge_states
 from mtp_jax.errors import FULL_DISK, UserError, warn
-from mtp_jax.training import processes
-from mtp_jax.training.manifest import MANIFEST, digests, fault_of, read_manifest, write_manifest
-from mtp_jax.training.run_folder import RunFolder
-from mtp_jax.training.step import TrainState
+from mtp_jax.runs import processes
+from mtp_jax.runs.manifest import MANIFEST, digests, fault_of, read_manifest, write_manifest
+from mtp_jax.runs.folder import RunFolder
+
+State = TypeVar("State", bound=Any)  # a named tuple of trees, with a `step`
 
 
 class Checkpoints:
@@ -117,7 +118,7 @@ class Checkpoints:
         self.run.drop(aside, MANIFEST)
         return aside
 
-    def restore(self, step: int, like: TrainState, batches: grain.DatasetIterator | None = None) -> TrainState:
+    def restore(self, step: int, like: State, batches: grain.DatasetIterator | None = None) -> State:
         """The state of a whole checkpoint, placed like `like` (shapes and shardings); `batches` moves to where it was.
 
         Raises:
@@ -139,13 +140,13 @@ class Checkpoints:
                 f"{self._name(step)}: the checkpoint is whole and yet cannot be restored ({reason}); "
                 "delete this folder to resume from the one before it."
             ) from error
-        state = jax.block_until_ready(TrainState(**restored))
+        state = jax.block_until_ready(type(like)(**restored))
         self.run.drop(path, MANIFEST)
         return state
 
     # ---- saving
 
-    def save(self, state: TrainState, batches: grain.DatasetIterator, best: int | None = None) -> None:
+    def save(self, state: Any, batches: grain.DatasetIterator, best: int | None = None) -> None:
         """Start saving; the arrays are copied before this returns, so that the state may be donated.
 
         Args:
