@@ -155,12 +155,30 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def match_table(table: tuple[Weight, ...], g: Geometry, stored: Mapping[str, Stored], folder: Path) -> dict[str, str]:
-    """Check that every stored tensor is used exactly once; returns stored names that replace the table's.
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a folder, checked against its geometry: each weight is there and each tensor has a use."""
+
+    stored: Mapping[str, Stored]
+    renamed: Mapping[str, str]  # stored names that replace the weight table's
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype most of them are stored in."""
+        return Counter(tensor.dtype for tensor in self.stored.values()).most_common(1)[0][0]
+
+
+def open_tensors(folder: Path, g: Geometry) -> Tensors:
+    """Find and check a folder's tensors.
 
     Raises:
-        UserError: one message that lists all missing, unexpected and misshapen tensors.
+        UserError: what `stored_tensors` refuses; one message that lists all missing, unexpected and misshapen tensors.
     """
+    stored = stored_tensors(folder)
+    return Tensors(stored, _match_table(weight_table(g), g, stored, folder))
+
+
+def _match_table(table: tuple[Weight, ...], g: Geometry, stored: Mapping[str, Stored], folder: Path) -> dict[str, str]:
     renamed: dict[str, str] = {}
     unused = {key for key in stored if not _BUFFERS.search(key)}
     if g.tied and UNEMBED_KEY in unused:  # a tied table is stored under either name, or twice alike
@@ -218,7 +236,7 @@ def _read_into(target: np.ndarray, stored: Stored, key: str, index: tuple[slice,
 
 
 def load_params(
-    folder: Path,
+    tensors: Tensors,
     g: Geometry,
     dtype: jnp.dtype | None = None,
     shardings: Callable[[Weight], jax.sharding.Sharding] | None = None,
@@ -229,15 +247,13 @@ def load_params(
     belong to this process, and one bounded read.
 
     Args:
-        folder: holds `config.json` and safetensors, single or sharded.
-        g: what `read_geometry(folder)` gave.
+        g: the geometry that the tensors were checked against.
         dtype: of the loaded weights; as stored by default.
         shardings: the sharding of each weight; everything on the first device by default.
     Raises:
-        UserError: tensors missing, unexpected, misshapen or unreadable.
+        UserError: tensors that cannot be read.
     """
-    table, stored = weight_table(g), stored_tensors(folder)
-    renamed = match_table(table, g, stored, folder)
+    table, stored, renamed = weight_table(g), tensors.stored, tensors.renamed
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     items = []
     for weight in table:
@@ -269,11 +285,6 @@ def load_params(
         leaf = jax.make_array_from_callback(weight.shape, sharding, read)
         items.append((weight.path, jax.block_until_ready(leaf)))
     return unflatten_dict(dict(items))
-
-
-def stored_dtype(folder: Path) -> np.dtype:
-    """The dtype most of a folder's tensors are stored in."""
-    return Counter(tensor.dtype for tensor in stored_tensors(folder).values()).most_common(1)[0][0]
 
 
 def load_tokenizer(folder: Path, g: Geometry) -> Any:

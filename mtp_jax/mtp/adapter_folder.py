@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-import math
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mtp_jax.errors import UserError
-from mtp_jax.model.folder import find_folder, read_json, read_slice, stored_tensors
+from mtp_jax.model.base import Base
+from mtp_jax.model.folder import find_folder, read_json
 from mtp_jax.model.folder_writer import on_host, whole_or_absent
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import PROJECTIONS, Params, leaf_at
@@ -23,22 +25,22 @@ from mtp_jax.storage import local
 
 CONFIG, TENSORS = "mtp_config.json", "adapter.safetensors"
 FORMAT = 1
-_SAMPLE_BYTES = 64 << 10
 
 
-def fingerprint(folder: Path) -> str:
-    """A digest of a base model: names, shapes and dtypes of all tensors and the first and last rows of each.
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that was opened once and fits its base."""
 
-    It does not depend on how the tensors are spread over files, and reads a bounded part of each.
-    """
-    digest = hashlib.sha256()
-    for key, tensor in sorted(stored_tensors(folder).items()):
-        row_bytes = tensor.dtype.itemsize * math.prod(tensor.shape[1:])
-        count = min(tensor.shape[0], max(1, _SAMPLE_BYTES // max(1, row_bytes)))
-        digest.update(f"{key} {tensor.shape} {tensor.dtype.name}\n".encode())
-        for rows in (slice(0, count), slice(tensor.shape[0] - count, tensor.shape[0])):
-            digest.update(np.ascontiguousarray(read_slice(tensor, key, (rows,))).tobytes())
-    return digest.hexdigest()
+    folder: Path
+    shape: AdapterShape
+    arrays: Params  # on the host, float32
+    config: dict[str, Any]  # its mtp_config.json
+    dtype: np.dtype  # as stored
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the stored arrays."""
+        return hashlib.sha256((self.folder / TENSORS).read_bytes()).hexdigest()
 
 
 def write_adapter(
@@ -140,25 +142,29 @@ def read_shape(folder: Path) -> AdapterShape:
     return shape
 
 
-def load_adapter(folder: Path, g: Geometry, base_folder: Path | None) -> tuple[AdapterShape, Params]:
-    """An adapter's shape and its arrays on the host, checked against the base it is to be used with.
+def open_adapter(name: str, base: Base) -> Adapter:
+    """An adapter, checked against the base it is to be used with.
 
     Args:
-        base_folder: the base model's folder; None skips the comparison of fingerprints.
+        name: what `find_adapter` takes.
     Raises:
         UserError: an adapter of another base (both are named), or arrays that do not fit config and base.
     """
-    shape, base = read_shape(folder), read_json(folder / CONFIG).get("base") or {}
-    if base_folder is not None and (here := fingerprint(base_folder)) != base.get("fingerprint"):
+    folder = find_adapter(name)
+    shape, config = read_shape(folder), read_json(folder / CONFIG)
+    trained_for = config.get("base") or {}
+    if base.fingerprint != trained_for.get("fingerprint"):
         raise UserError(
-            f"{folder}: this adapter was trained for {base.get('name', 'another base')} (fingerprint "
-            f"{str(base.get('fingerprint'))[:12]}), but the base model is {base_folder.name} (fingerprint {here[:12]})."
+            f"{folder}: this adapter was trained for {trained_for.get('name', 'another base')} (fingerprint "
+            f"{str(trained_for.get('fingerprint'))[:12]}), but the base model is {base.folder.name} (fingerprint "
+            f"{base.fingerprint[:12]})."
         )
-    table, items, faults = adapter_table(g, shape), [], []
+    items: dict[tuple[str, ...], np.ndarray] = {}
+    dtypes, faults = [], []
     try:
         with safe_open(folder / TENSORS, "numpy") as tensors:
             names = set(tensors.keys())
-            for weight in table:
+            for weight in adapter_table(base.g, shape):
                 if weight.key not in names:
                     faults.append(f"{weight.key} is missing")
                     continue
@@ -166,10 +172,11 @@ def load_adapter(folder: Path, g: Geometry, base_folder: Path | None) -> tuple[A
                 array = tensors.get_tensor(weight.key)
                 if array.shape != weight.shape:
                     faults.append(f"{weight.key} is {array.shape}, should be {weight.shape}")
-                items.append((weight.path, array.astype(np.float32)))
+                dtypes.append(array.dtype)
+                items[weight.path] = array.astype(np.float32)
             faults += [f"{name} is not expected" for name in sorted(names)]
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / TENSORS}: damaged or truncated ({error}).") from error
     if faults:
         raise UserError(f"{folder / TENSORS}: does not fit {CONFIG} and the base model: {'; '.join(faults)}.")
-    return shape, unflatten_dict(dict(items))
+    return Adapter(folder, shape, unflatten_dict(items), config, dtypes[0])

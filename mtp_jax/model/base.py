@@ -1,0 +1,82 @@
+"""A base model that is opened and validated once: whatever a command needs of it is read from here."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.model.folder import (
+    Tensors,
+    find_folder,
+    load_params,
+    load_tokenizer,
+    open_tensors,
+    read_geometry,
+    read_json,
+    read_slice,
+    stop_ids,
+)
+from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.weights import Params, Weight
+
+_SAMPLE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Base:
+    """A Hugging Face model folder. Tokenizer and fingerprint are read when they are first asked for, and once."""
+
+    name: str  # as the user gave it
+    folder: Path
+    g: Geometry
+    config: dict[str, Any]  # its config.json
+    tensors: Tensors
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer; raises UserError where there is none or it does not fit the model."""
+        return load_tokenizer(self.folder, self.g)
+
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """Token ids that end a text."""
+        return stop_ids(self.folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of names, shapes and dtypes of all tensors and of the first and last rows of each.
+
+        It does not depend on how the tensors are spread over files, and reads a bounded part of each.
+        """
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.tensors.stored.items()):
+            row_bytes = tensor.dtype.itemsize * math.prod(tensor.shape[1:])
+            count = min(tensor.shape[0], max(1, _SAMPLE_BYTES // max(1, row_bytes)))
+            digest.update(f"{key} {tensor.shape} {tensor.dtype.name}\n".encode())
+            for rows in (slice(0, count), slice(tensor.shape[0] - count, tensor.shape[0])):
+                digest.update(np.ascontiguousarray(read_slice(tensor, key, (rows,))).tobytes())
+        return digest.hexdigest()
+
+    def load(
+        self, dtype: jnp.dtype | None = None, shardings: Callable[[Weight], jax.sharding.Sharding] | None = None
+    ) -> Params:
+        """The weights, see `load_params`."""
+        return load_params(self.tensors, self.g, dtype, shardings)
+
+
+def open_base(name: str, revision: str | None = None) -> Base:
+    """Open a Hugging Face folder, a hub name or bundled:NAME, and check that its tensors are those its config needs.
+
+    Raises:
+        UserError: nothing of that name, an unsupported architecture, missing, unexpected or misshapen tensors.
+    """
+    folder = find_folder(name, revision)
+    g = read_geometry(folder)
+    return Base(name, folder, g, read_json(folder / "config.json"), open_tensors(folder, g))
