@@ -6,50 +6,13 @@ Output is the model's own, whatever the plan: greedy, or sampled from its distri
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtp_jax.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from mtp_jax.decoding.generator import Completion, Generator, Sampling
-
-
-def read_prompts(file: str) -> list[Any]:
-    """Prompts of a JSONL file, a string `prompt` or a chat's `messages` on each line.
-
-    Raises:
-        UserError: an unreadable file, no prompts, or a broken line, by its number.
-    """
-    try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")  # splitlines also cuts inside of texts
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {file}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
-    prompts, faults = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            prompts.append(_prompt(json.loads(line)))
-        except ValueError as error:
-            faults.append(f"{file}, line {number}: {error}.")
-    if faults:
-        raise UserError(*faults)
-    if not prompts:
-        raise UserError(f"{file}: holds no prompts; each line is an object such as {{'prompt': 'def main():'}}.")
-    return prompts
-
-
-def _prompt(record: Any) -> Any:
-    if isinstance(record, dict):
-        if isinstance(prompt := record.get("prompt"), str):
-            return prompt
-        messages = record.get("messages")
-        if isinstance(messages, list) and all(
-            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-        ):
-            return messages
-    raise ValueError("needs a string 'prompt', or 'messages' with role and content")
+    from mtp_jax.decoding.generator import Completion, Generator
+    from mtp_jax.decoding.options import Sampling
 
 
 def main() -> None:
@@ -85,21 +48,21 @@ def main() -> None:
     a = parser.parse_args()
     prompts = _check(a)
 
-    from mtp_jax.decoding.generator import Generator, Sampling
+    from mtp_jax.api import load
+    from mtp_jax.decoding.options import Sampling
     from mtp_jax.decoding.plan import parse_plan
 
     named = a.plan or ("auto" if a.adapter else "none")
     plan = None if named == "auto" else parse_plan(named)
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.seed) if a.temperature else None
-    generator = Generator.load(a.model, a.dtype, a.adapter, plan)
-    generator.shortlist = a.shortlist or None
+    generator = load(a.model, adapter=a.adapter, plan=plan, dtype=a.dtype, shortlist=a.shortlist or None)
     if a.chat:
         _chat(generator, a, sampling, named)
         return
     names = ["--prompt"] if a.prompts is None else [f"prompt {i + 1}" for i in range(len(prompts))]
     encoded = [generator.encode(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
     if named == "auto":
-        _choose(generator, encoded, a)
+        generator = _chosen(generator, encoded, a)
     _print_all(generator, encoded, a, sampling)
 
 
@@ -121,10 +84,14 @@ def _check(a: argparse.Namespace) -> list[Any]:
         faults.append("--chat is a conversation on the terminal: leave out --json, --compare and --batch-size.")
     if faults:
         raise UserError(*faults)
-    return [] if a.chat else [a.prompt] if a.prompts is None else read_prompts(a.prompts)
+    if a.prompts is not None:
+        from mtp_jax.data.prompts import read_prompts
+
+        return read_prompts(a.prompts)
+    return [] if a.chat else [a.prompt]
 
 
-def _choose(generator: "Generator", prompts: list[list[int]], a: argparse.Namespace) -> None:
+def _chosen(generator: "Generator", prompts: list[list[int]], a: argparse.Namespace) -> "Generator":
     from mtp_jax.decoding.auto import choose_plan
 
     print("auto: measuring which plan is fastest here, unless that is known already", file=sys.stderr)
@@ -132,6 +99,7 @@ def _choose(generator: "Generator", prompts: list[list[int]], a: argparse.Namesp
     print(choice, file=sys.stderr)
     if choice.plan.drafts == 0:
         print("auto: plain decoding is fastest here with this adapter", file=sys.stderr)
+    return generator.using(plan=choice.plan, one_head=choice.one_head)
 
 
 def _print_all(
@@ -144,10 +112,8 @@ def _print_all(
     from mtp_jax.decoding.show import PassWriter, speed_line
 
     console = Console(highlight=False, soft_wrap=True)
-    plan, size, both = generator.plan, a.batch_size, []
-    if a.compare:  # neither is to pay for compilation
-        both = _timed(generator, prompts, a, sampling, plain())
-        generator.plan = plan
+    plan, size = generator.options.plan, a.batch_size
+    both = _timed(generator.using(plan=plain()), prompts, a, sampling) if a.compare else []
     done: list[Completion] = []
     for at in range(0, len(prompts), size):
         batch = prompts[at : at + size]
@@ -158,7 +124,7 @@ def _print_all(
             done += generator.complete(batch, a.max_new_tokens, 1, sampling, at, writer)
             writer.finish()
         else:
-            if a.compare:
+            if a.compare:  # compiles
                 generator.complete(batch, a.max_new_tokens, size, sampling, at)
             done += generator.complete(batch, a.max_new_tokens, size, sampling, at)
         for ids, completion in zip(batch, done[at:], strict=True):
@@ -177,12 +143,12 @@ def _print_all(
 
 
 def _timed(
-    generator: "Generator", prompts: list[list[int]], a: argparse.Namespace, sampling: "Sampling | None", plan: Any
+    generator: "Generator", prompts: list[list[int]], a: argparse.Namespace, sampling: "Sampling | None"
 ) -> "list[Completion]":
-    generator.plan = plan
     done: list[Completion] = []
     for at in range(0, len(prompts), a.batch_size):
         batch = prompts[at : at + a.batch_size]
+        # Compiles.
         generator.complete(batch, a.max_new_tokens, a.batch_size, sampling, at)
         done += generator.complete(batch, a.max_new_tokens, a.batch_size, sampling, at)
     return done
@@ -191,12 +157,12 @@ def _timed(
 def _print_comparison(
     drafted: "list[Completion]", plain: "list[Completion]", size: int, plan: str, sampled: bool, file: Any
 ) -> None:
+    from mtp_jax.decoding.generator import tokens_per_step
+
     def line(name: str, done: "list[Completion]") -> float:
-        seconds = sum(c.prefill_seconds + c.seconds for c in done[::size])
-        tokens, steps = sum(len(c.token_ids) for c in done), sum(c.steps for c in done)
-        per_step = (tokens - len(done)) / max(steps, 1)
-        print(f"{name:>16}: {tokens / seconds:7.1f} tokens/s, {per_step:.2f} tokens per step", file=file)
-        return tokens / seconds
+        rate = sum(len(c.token_ids) for c in done) / sum(c.prefill_seconds + c.seconds for c in done[::size])
+        print(f"{name:>16}: {rate:7.1f} tokens/s, {tokens_per_step(done):.2f} tokens per step", file=file)
+        return rate
 
     before, after = line("without drafts", plain), line(plan, drafted)
     same = sum(x.token_ids == y.token_ids for x, y in zip(drafted, plain, strict=True))
@@ -236,11 +202,11 @@ def _chat(generator: "Generator", a: argparse.Namespace, sampling: "Sampling | N
         messages.append({"role": "user", "content": line})
         ids = generator.encode(messages, "the conversation")
         if named == "auto" and len(messages) == 1:
-            _choose(generator, [ids], a)
+            generator = _chosen(generator, [ids], a)
         writer = PassWriter(generator.tokenizer, console)
         done = generator.complete([ids], a.max_new_tokens, 1, sampling, len(messages), writer)
         writer.finish()
-        console.print(Text(speed_line(done, str(generator.plan)) + "\n", "green"))
+        console.print(Text(speed_line(done, str(generator.options.plan)) + "\n", "green"))
         messages.append({"role": "assistant", "content": generator.text(done[0])})
 
 

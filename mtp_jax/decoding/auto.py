@@ -2,7 +2,7 @@
 
 What a step of so many rows costs is measured, and the acceptance by depth; from both follows what any plan would give.
 The most promising ones are run, and the fastest of those is taken. The choice is kept on disk per model, adapter,
-batch, device and build of the C++.
+batch, device and build of the forward pass.
 """
 
 import hashlib
@@ -17,13 +17,12 @@ import numpy as np
 
 from mtp_jax.decoding.generator import Completion, Generator
 from mtp_jax.decoding.plan import BlockPlan, linear, parse_plan, plain, quadratic
-from mtp_jax.model.products import native_build
 
 CACHE = "~/.cache/mtp_jax/plans"
 _DRAFTS = (1, 2, 3, 4, 6, 8)
 _ROUNDS, _FINAL_ROUNDS = 3, 7
 _HOPELESS = 0.8  # of the best plan's tokens per second: deeper quadratic plans are then left out
-_FINALISTS = 3  # plans that only the cost by rows has been told of, measured before the choice
+_FINALISTS = 3  # plans judged only by the cost model that are run before the choice
 
 
 class Choice(NamedTuple):
@@ -80,7 +79,7 @@ def candidates(masks: int) -> list[BlockPlan]:
 def choose_plan(
     generator: Generator, prompts: list[list[int]], batch_size: int, new_tokens: int = 64, cache: str | None = CACHE
 ) -> Choice:
-    """Measure on `prompts` and choose; sets `generator.plan` and `generator.one_head`.
+    """Measure on `prompts` and choose.
 
     The base head runs over real rows and then over one block, or over all rows at once, whichever takes less time.
 
@@ -91,14 +90,13 @@ def choose_plan(
     kept = None if cache is None else Path(cache).expanduser() / f"{_identity(generator, batch_size)}.json"
     if kept is not None and kept.is_file():
         stored = json.loads(kept.read_text())
-        generator.plan, generator.one_head = parse_plan(stored["plan"]), stored["one_head"]
-        return Choice(generator.plan, generator.one_head, stored["expected"])
+        return Choice(parse_plan(stored["plan"]), stored["one_head"], stored["expected"])
     prompts = prompts[: max(8, batch_size)]
     prompts = (prompts * batch_size)[: -(-len(prompts) // batch_size) * batch_size]  # whole batches
 
-    def run(plan: BlockPlan) -> list[Completion]:
-        generator.plan = plan
-        return generator.complete(prompts, new_tokens, batch_size)
+    def run(plan: BlockPlan, one_head: bool | None = None) -> list[Completion]:
+        options = {"plan": plan, "one_head": head if one_head is None else one_head}
+        return generator.using(**options).complete(prompts, new_tokens, batch_size)
 
     def cost(done: list[Completion]) -> float:
         """Seconds of a step: a batch goes on until its last sequence ends."""
@@ -134,8 +132,7 @@ def choose_plan(
     def rate(plan: BlockPlan, step: float) -> float:
         return expected_tokens(plan, survives) / step
 
-    generator.plan = quadratic(1)
-    generator.one_head = _one_head_is_faster(generator, lambda: cost(run(quadratic(1))))
+    head = _one_head_is_faster(lambda one_head: cost(run(quadratic(1), one_head)))
     measure([quadratic(1)])
     for d in (d for d in _DRAFTS[1:] if d <= generator.shape.masks):
         measure([quadratic(d)])
@@ -152,24 +149,20 @@ def choose_plan(
     leaders = sorted(seconds, key=lambda plan: -expected[str(plan)])[:2]
     measure(list(dict.fromkeys([*ranked, *leaders])), _FINAL_ROUNDS)
     chosen = max(seconds, key=lambda plan: expected[str(plan)])
-    generator.plan = chosen
     if chosen.mask_rows:
-        generator.one_head = _one_head_is_faster(generator, lambda: cost(run(chosen)))
+        head = _one_head_is_faster(lambda one_head: cost(run(chosen, one_head)))
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(".part")
-        part.write_text(json.dumps({"plan": str(chosen), "one_head": generator.one_head, "expected": expected}))
+        part.write_text(json.dumps({"plan": str(chosen), "one_head": head, "expected": expected}))
         part.rename(kept)
-    return Choice(chosen, generator.one_head, expected)
+    return Choice(chosen, head, expected)
 
 
-def _one_head_is_faster(generator: Generator, seconds: Callable[[], float]) -> bool:
+def _one_head_is_faster(seconds: Callable[[bool], float]) -> bool:
     shares = []
     for turn in range(_ROUNDS + 1):
-        step = {}
-        for one_head in (False, True):
-            generator.one_head = one_head
-            step[one_head] = seconds()
+        step = {one_head: seconds(one_head) for one_head in (False, True)}
         if turn:  # the first one compiles
             shares.append(step[True] / step[False])
     return statistics.median(shares) < 1
@@ -178,5 +171,5 @@ def _one_head_is_faster(generator: Generator, seconds: Callable[[], float]) -> b
 def _identity(generator: Generator, batch_size: int) -> str:
     device = jax.devices()[0]
     of: list[Any] = [generator.identity, batch_size, device.device_kind, jax.device_count(), str(generator.dtype)]
-    of += [generator.shortlist, jax.__version__, native_build()]
+    of += [generator.options.shortlist, jax.__version__, generator.forward.build]
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]

@@ -1,11 +1,10 @@
 """Decoding as one jitted `lax.while_loop` over a documented state of static shape.
 
 A step verifies the drafts it was given and finds the next ones, in one pass of the model over real rows and mask rows;
-the block plan says how many of each (method.md, section 5). Plain decoding is the plan without drafts.
+the block plan says how many of each (docs/how-it-works.md, section 7). Plain decoding is the plan without drafts.
 """
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mtp_jax.decoding.choice import likeliest
 from mtp_jax.decoding.drafting import choose_drafts
+from mtp_jax.decoding.forward import Forward, Variables
+from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import BlockPlan
-from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, prefix, verify
+from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, likeliest, prefix, verify
 from mtp_jax.model.attention import empty_cache
-from mtp_jax.model.decoder import Cache, Decoder, MaskRows
-from mtp_jax.model.products import times
+from mtp_jax.model.decoder import Cache, MaskRows
 
 # Prompts are prefilled this many rows at a time, which bounds the memory of attention scores.
 PREFILL_CHUNK = 512
@@ -50,22 +49,20 @@ class Limits(NamedTuple):
 
 @dataclass(frozen=True)
 class Decoding:
-    """Everything static about a decoding loop. Hashable.
+    """Everything static about a decoding loop. Hashable."""
 
-    Its variables are `params`, `fused` (`decoding.fusion`), for a plan with masks `mtp` (masks, sampler), and where the
-    base head's table is multiplied in C++, `head`.
-    """
-
-    model: Decoder
-    plan: BlockPlan
-    sampler: str = "none"  # form of the sampler head
-    shortlist: int | None = 256  # candidates of each mask row that the sampler scores; None for the whole vocabulary
-    one_head: bool = False  # base head over all rows in one product, instead of real rows and then one block
+    forward: Forward
+    options: Options = field(default_factory=Options)
     sampling: SamplingKind | None = None  # None for greedy decoding
+
+    @property
+    def plan(self) -> BlockPlan:
+        """The block plan."""
+        return self.options.plan
 
     def decode(
         self,
-        variables: Any,
+        variables: Variables,
         prompts: Int[Array, "B P"],
         prompt_length: Int[Array, " B"],
         limits: Limits,
@@ -84,7 +81,7 @@ class Decoding:
 
     def advance(
         self,
-        variables: Any,
+        variables: Variables,
         state: DecodeState,
         limits: Limits,
         steps: Int[Array, ""] | None,
@@ -105,7 +102,7 @@ class Decoding:
 
     def prefill(
         self,
-        variables: Any,
+        variables: Variables,
         prompts: Int[Array, "B P"],
         prompt_length: Int[Array, " B"],
         limits: Limits,
@@ -119,7 +116,7 @@ class Decoding:
         A sequence whose limit does not exceed its prompt is done from the start (padding of a batch).
         """
         B, P = prompts.shape
-        model, M, d = self.model, self.plan.block, self.plan.drafts
+        model, M, d = self.forward.model, self.plan.block, self.plan.drafts
         cache: Any = empty_cache(model.g, B, slots, cache_dtype, stacked=model.scanned)
         last = jnp.zeros((B, model.g.D), model.dtype)
         block = jnp.zeros((B, 0, model.g.D), model.dtype)
@@ -130,7 +127,7 @@ class Decoding:
                 anchors = jnp.broadcast_to(prompt_length[:, None] - 1, (B, M))
                 offsets = np.arange(1, M + 1)
                 masks = MaskRows(variables["mtp"]["masks"][:M], anchors, offsets, np.zeros(M, int))
-            latents, block, cache = self._rows(variables, rows, jnp.full(B, start), cache, masks, start == 0)
+            latents, block, cache = self.forward.rows(variables, rows, jnp.full(B, start), cache, masks, start == 0)
             at = prompt_length - 1 - start
             here = jnp.take_along_axis(latents, jnp.clip(at, 0, rows.shape[1] - 1)[:, None, None], axis=1)[:, 0]
             last = jnp.where(((at >= 0) & (at < rows.shape[1]))[:, None], here, last)
@@ -150,9 +147,9 @@ class Decoding:
             keys=keys,
             cache=cache,
         )
-        scores = self._logits(variables, last)
+        scores = self.forward.logits(variables, last)
         if self.sampling is None:
-            token = likeliest(scores, "head" in variables)
+            token = likeliest(scores)
         else:
             assert how is not None
             p = distribution(scores, how, self.sampling.truncated)
@@ -162,7 +159,7 @@ class Decoding:
             state = state._replace(drafts=drafts, valid=jnp.full(B, d), proposal=proposal)
         return _emit(state, empty, zeros, token, limits)
 
-    def step(self, variables: Any, state: DecodeState, limits: Limits, how: Tempering | None) -> DecodeState:
+    def step(self, variables: Variables, state: DecodeState, limits: Limits, how: Tempering | None) -> DecodeState:
         """Verify the drafts, emit what is accepted and the base model's token behind it, and draft anew."""
         plan, d = self.plan, self.plan.drafts
         B = len(state.length)
@@ -174,15 +171,16 @@ class Decoding:
             row = jnp.where(behind >= 0, behind, state.valid[:, None])
             masks = MaskRows(variables["mtp"]["masks"][offsets - 1], start[:, None] + row, offsets, behind)
         rows = jnp.concatenate([newest, state.drafts], axis=1)
-        real, latents, cache = self._rows(variables, rows, start, state.cache, masks)
+        real, latents, cache = self.forward.rows(variables, rows, start, state.cache, masks)
 
         all_scores = None
-        if self.one_head and plan.mask_rows:
-            scores, all_scores = jnp.split(self._logits(variables, jnp.concatenate([real, latents], 1)), [d + 1], 1)
+        if self.options.one_head and plan.mask_rows:
+            every = self.forward.logits(variables, jnp.concatenate([real, latents], axis=1))
+            scores, all_scores = jnp.split(every, [d + 1], axis=1)
         else:
-            scores = self._logits(variables, real)
+            scores = self.forward.logits(variables, real)
         if self.sampling is None:
-            choice = likeliest(scores, "head" in variables)
+            choice = likeliest(scores)
             right = (state.drafts == choice[:, :d]) & (jnp.arange(d) < state.valid[:, None])
             accepted = prefix(right)
             token = jnp.take_along_axis(choice, accepted[:, None], axis=1)[:, 0]
@@ -209,40 +207,20 @@ class Decoding:
         drafted = drafted._replace(cache=cache, steps=state.steps + ~state.done)
         return _emit(drafted, state.drafts, accepted, token, limits)
 
-    def _rows(
-        self, variables: Any, tokens: Array, start: Array, cache: Cache, masks: MaskRows | None, first: bool = False
-    ) -> Any:
-        base = {"params": variables["params"]}
-        return self.model.apply(base, tokens, start, cache, masks, variables.get("fused"), first, method="step")
-
-    def _logits(self, variables: Any, latents: Array) -> Float[Array, "... V"]:
-        if "head" in variables:
-            return times(latents, variables["head"])
-        return self.model.apply({"params": variables["params"]}, latents, method="logits")
-
     def _drafts(
         self,
-        variables: Any,
+        variables: Variables,
         state: DecodeState,
         block: Float[Array, "B M D"],
         scores: Float[Array, "B M V"] | None,
         first: Int[Array, " B"],
         how: Tempering | None,
     ) -> tuple[Array, Proposal | None]:
-        sampler = variables["mtp"].get("sampler")
-        if scores is None and (sampler is None or (self.shortlist or self.model.g.V) < self.model.g.V):
-            scores = self._logits(variables, block)
         sampling = None
         if self.sampling is not None:
             assert how is not None
             sampling = (self.sampling, how, self._keys(state, 1))
-        params = {"params": variables["params"]}
-        embedding = variables["params"]["embed"]["embedding"]
-        table = self.model.apply(params, method="unembedding")
-        head = functools.partial(self._logits, variables)
-        form = self.sampler
-        shortlist, in_cpp = self.shortlist, "head" in variables
-        return choose_drafts(embedding, head, table, sampler, form, block, scores, first, shortlist, sampling, in_cpp)
+        return choose_drafts(self.forward, variables, block, scores, first, self.options.shortlist, sampling)
 
     def _keys(self, state: DecodeState, purpose: int) -> Key[Array, " B"]:
         """Fresh keys for this step of each sequence: its length grows with every step."""

@@ -1,4 +1,4 @@
-"""Block plans: how many drafts a decoding step verifies, and how many masks stand behind each real row (method.md, 5).
+"""Block plans: the drafts a step verifies and the masks behind each of its rows (docs/how-it-works.md, section 7.2).
 
 The real rows of a step are the newest verified token and the drafts behind it. Each may have a block of masks of its
 own, whose outputs are the next drafts if that row is the last accepted one (quadratic decoding). Or one block floats:

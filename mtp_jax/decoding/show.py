@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from mtp_jax.decoding.generator import Completion
+from mtp_jax.decoding.generator import Completion, tokens_per_step
 
 # Neighbouring passes differ; the token of prefill and what is not yet a whole character stay as they are.
 _COLOURS = ("green", "cyan", "yellow", "magenta")
@@ -42,7 +42,5 @@ class PassWriter:
 
 def speed_line(done: list[Completion], plan: str) -> str:
     """Tokens, tokens per step and speed of one batch of completions."""
-    tokens, steps = sum(len(c.token_ids) for c in done), sum(c.steps for c in done)
-    per_step = (tokens - len(done)) / max(steps, 1)
-    seconds = done[0].prefill_seconds + done[0].seconds
-    return f"[{plan}: {tokens} tokens, {per_step:.2f} per step, {tokens / seconds:.0f} tokens/s]"
+    tokens, seconds = sum(len(c.token_ids) for c in done), done[0].prefill_seconds + done[0].seconds
+    return f"[{plan}: {tokens} tokens, {tokens_per_step(done):.2f} per step, {tokens / seconds:.0f} tokens/s]"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mtp_jax.model.chunks import map_chunks
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.sharding import parts_of
 
@@ -94,31 +95,19 @@ def attend(
 
 
 def attend_rows(q: Float[Array, "B R N H"], held: LayerCache, visible: Bool[Array, "B R S"]) -> Float[Array, "B R N H"]:
-    """`attend` for the rows of whole sequences: scores of all heads exist for so many rows at a time as fit.
-
-    Where there are several chunks of rows, each is computed again in the backward pass.
-    """
-    B, R, N, H = q.shape
-    rows = score_rows(B * N * held.k.shape[2])
-    if rows >= R:
-        return attend(q, held, visible)
-    count = -(-R // rows)
-
-    def cut(leaf: Array) -> Array:
-        leaf = jnp.pad(leaf, [(0, 0), (0, count * rows - R)] + [(0, 0)] * (leaf.ndim - 2))
-        return jnp.moveaxis(leaf.reshape(B, count, rows, *leaf.shape[2:]), 1, 0)
-
-    out = jax.lax.map(jax.checkpoint(lambda part: attend(part[0], held, part[1])), (cut(q), cut(visible)))
-    return jnp.moveaxis(out, 0, 1).reshape(B, count * rows, N, H)[:, :R]
+    """`attend` for the rows of whole sequences: scores of all heads exist for as many rows at a time as fit."""
+    B, _, N, _ = q.shape
+    rows = rows_that_fit(B * N * held.k.shape[2])
+    return map_chunks(lambda part: attend(part[0], held, part[1]), (q, visible), rows)
 
 
-def score_rows(scores: int) -> int:
-    """Of how many rows, or blocks, with so many scores each over the batch, the scores may exist at a time."""
+def rows_that_fit(scores: int) -> int:
+    """How many rows' (or blocks') attention scores fit in the memory budget, with `scores` each over the batch."""
     return max(1, _SCORE_BYTES * parts_of("batch", "heads") // (4 * scores))
 
 
 class Blocks(NamedTuple):
-    """G blocks of M mask rows per sequence, each anchored to a key (method.md, section 1).
+    """G blocks of M mask rows per sequence, each anchored to a key (docs/how-it-works.md, section 1).
 
     Mask j = 1..M of a block has position p + j, p being its anchor's; it sees keys up to its anchor and the masks of
     its own block up to itself.
@@ -147,26 +136,13 @@ def attend_blocks(
 ) -> Float[Array, "B G M N H"]:
     """Attention of mask rows: one softmax over the prefix up to the anchor and the own block up to the row.
 
-    The scores of `chunk` blocks exist at a time, of so many as fit where it is None. `own` is k and v [B, G, M, K, H];
+    The scores of `chunk` blocks exist at a time, of as many as fit where it is None. `own` is k and v [B, G, M, K, H];
     a block of segment 0 sees itself alone. Plain XLA, so that gradients reach q, own, and real where real depends on
     what is trained.
     """
-    B, G, M, N, H = q.shape
-    c = min(score_rows(B * N * M * real.k.shape[2]) if chunk is None else chunk, G)
-    count = -(-G // c)
-
-    def cut(leaf: Array) -> Array:
-        leaf = jnp.pad(leaf, [(0, 0), (0, count * c - G)] + [(0, 0)] * (leaf.ndim - 2))
-        return jnp.moveaxis(leaf.reshape(B, count, c, *leaf.shape[2:]), 1, 0)
-
-    def part(of: tuple[Array, tuple[Array, Array], Blocks]) -> Array:
-        return _attend_chunk(*of, real, keys, window)
-
-    pieces = jax.tree.map(cut, (q, own, blocks))
-    if count == 1:
-        return part(jax.tree.map(lambda x: x[0], pieces))[:, :G]
-    out = jax.lax.map(jax.checkpoint(part), pieces)
-    return jnp.moveaxis(out, 0, 1).reshape(B, count * c, M, N, H)[:, :G]
+    B, _, M, N, _ = q.shape
+    chunk = rows_that_fit(B * N * M * real.k.shape[2]) if chunk is None else chunk
+    return map_chunks(lambda part: _attend_chunk(*part, real, keys, window), (q, own, blocks), chunk)
 
 
 def _attend_chunk(

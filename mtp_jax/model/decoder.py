@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mtp_jax.model.attention import Blocks, Keys, LayerCache, attend, attend_blocks, attend_rows, visibility
+from mtp_jax.model.chunks import map_chunks
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.kernels import flash, misfit
-from mtp_jax.model.products import PanelLayer, Panels, layers
 from mtp_jax.model.projection import Matrices, Projection
 from mtp_jax.model.rope import angles, rotate
 from mtp_jax.sharding import parts_of
@@ -31,16 +31,6 @@ _MLP_ROWS = 1024
 Cache = LayerCache | Sequence[LayerCache]
 
 
-class Rows(NamedTuple):
-    """What all layers share about the rows of a call. Visibility differs by kind of layer: by window."""
-
-    cos: Float[Array, "B R 1 H/2"]
-    sin: Float[Array, "B R 1 H/2"]
-    visible: Bool[Array, "kinds B R S"]
-    start: Int[Array, " B"]  # position of the first row, where a cache is written
-    own_visible: Bool[Array, "kinds B R R"] | None = None  # of a step's rows among themselves
-
-
 class MaskRows(NamedTuple):
     """Mask rows behind the real rows of a decoding step, in blocks, each anchored to a verified token or a draft."""
 
@@ -48,6 +38,36 @@ class MaskRows(NamedTuple):
     anchors: Int[Array, "B Q"]  # position of each row's anchor
     offsets: Int[np.ndarray, " Q"]  # 1, 2, ... within its block
     blocks: Int[np.ndarray, " Q"]  # rows of one block bear one number
+
+
+class StepRows(NamedTuple):
+    """What all layers share about the rows of a decoding step. Visibility differs by kind of layer: by window."""
+
+    start: Int[Array, " B"]  # position of the first row, where the cache is written
+    cos: Float[Array, "B R 1 H/2"]
+    sin: Float[Array, "B R 1 H/2"]
+    low: Int[Array, "kinds B R"]  # the first slot of the cache that a row sees,
+    high: Int[Array, "kinds B R"]  # and the one behind the last
+    own: Bool[Array, "kinds B R R"]  # which of the step's own rows a row sees
+
+
+def step_rows(g: Geometry, start: Int[Array, " B"], real: int, masks: MaskRows | None) -> StepRows:
+    """`real` consecutive rows from position `start`, then mask rows (docs/how-it-works.md, sections 2 and 7)."""
+    positions = reach = start[:, None] + jnp.arange(real)
+    block, order = np.full(real, -1), np.zeros(real, int)  # of a real row: no block
+    if masks is not None:
+        positions = jnp.concatenate([positions, masks.anchors + masks.offsets], axis=1)
+        reach = jnp.concatenate([reach, masks.anchors], axis=1)
+        block, order = np.append(block, masks.blocks - masks.blocks.min()), np.append(order, masks.offsets)
+    same = (block[:, None] == block) & (block >= 0) & (order[:, None] >= order)
+    own = same | ((block < 0) & (positions[:, None, :] <= reach[..., None]))
+    # A window is measured from a row's own position.
+    distance = positions[..., None] - positions[:, None, :]
+    windows, _ = g.kinds
+    own = jnp.stack([own if window is None else own & (distance < window) for window in windows])
+    low = jnp.stack([jnp.zeros_like(positions) if w is None else jnp.maximum(positions - w + 1, 0) for w in windows])
+    high = jnp.broadcast_to(jnp.minimum(start[:, None], reach + 1), low.shape)
+    return StepRows(start, *angles(g.rope, positions), low, high, own)
 
 
 class RMSNorm(nn.Module):
@@ -86,14 +106,15 @@ class Layer(nn.Module):
     def real(
         self,
         x: Float[Array, "B R D"],
-        rows: Rows,
+        cos: Float[Array, "B R 1 H/2"],
+        sin: Float[Array, "B R 1 H/2"],
         kind: Int[Array, ""] | int,
         adapted: bool,
         keep: bool,
         attention: Callable[[Array, LayerCache, Any], Array],
     ) -> tuple[Float[Array, "B R D"], LayerCache | None]:
         """Real rows of whole sequences; returns their keys and values where these are to be kept."""
-        q, k, v = self._attention_inputs(x, rows.cos, rows.sin, adapted)
+        q, k, v = self._attention_inputs(x, cos, sin, adapted)
         held = LayerCache.of_rows(k, v)
         x = self._attended(x, attention(q, held, kind), adapted)
         x = self._mlp(x, self._mlp_weights(x.dtype, adapted))
@@ -103,9 +124,10 @@ class Layer(nn.Module):
     def step(
         self,
         x: Float[Array, "B R D"],
-        rows: Rows,
+        rows: StepRows,
         kind: Int[Array, ""] | int,
         cache: LayerCache,
+        visible: Bool[Array, "kinds B R S"],
         fused: Any,
         real: int,
         first: bool,
@@ -116,6 +138,7 @@ class Layer(nn.Module):
         copy the cache.
 
         Args:
+            visible: which slots of the cache a row sees.
             fused: matrices by group of projections that read one input: `kernel` (and `bias`) of the group, where they
                 are not left to the projections, and `a` and `b` of its LoRA, which mask rows alone meet.
             real: how many rows are real.
@@ -140,9 +163,8 @@ class Layer(nn.Module):
         if g.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         held = None if first else LayerCache(cache.k.astype(x.dtype), cache.v.astype(x.dtype))
-        assert rows.own_visible is not None
         q, own = rotate(q, rows.cos, rows.sin), LayerCache.of_rows(rotate(k, rows.cos, rows.sin), v)
-        h = attend(q, held, rows.visible[kind], own, rows.own_visible[kind])
+        h = attend(q, held, visible[kind], own, rows.own[kind])
         # Always 0, and not known before the old cache was read: XLA then writes in place, and copies it otherwise.
         late = jnp.minimum(jnp.isnan(h[:, 0, 0, 0]).astype(jnp.int32), 0)
         cache = cache.write(LayerCache(own.k[:, :, :real], own.v[:, :, :real]), rows.start + late)
@@ -171,7 +193,7 @@ class Layer(nn.Module):
         h = attend_blocks(q, (k, v), real, blocks, keys, window, chunk)
         m = self._attended(m, h, adapted=True)
         with_weights = self._mlp_weights(m.dtype, adapted=True)  # gathered once for all parts
-        return self._mlp(m, with_weights) if parts == 1 else _in_parts(lambda m: self._mlp(m, with_weights), m, parts)
+        return map_chunks(lambda m: self._mlp(m, with_weights), m, -(-m.shape[1] // parts))
 
     def _attention_inputs(self, x: Float[Array, "... D"], cos: Array, sin: Array, adapted: bool) -> tuple[Array, ...]:
         g = self.g
@@ -199,15 +221,6 @@ class Layer(nn.Module):
             h = self.mlp_norm(x)
             x = x + down(jax.nn.silu(gate(h)) * up(h))
         return nn.with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1))
-
-
-def _in_parts(f: Callable[[Array], Array], x: Float[Array, "B G M D"], parts: int) -> Float[Array, "B G M D"]:
-    """`f`, which acts on each row alone, applied to parts of the blocks; computed again in the backward pass."""
-    B, G, M, D = x.shape
-    c = -(-G // parts)
-    cut = jnp.pad(x, [(0, 0), (0, c * parts - G), (0, 0), (0, 0)]).reshape(B, parts, c, M, D)
-    out = jax.lax.map(jax.checkpoint(f), jnp.moveaxis(cut, 1, 0))
-    return jnp.moveaxis(out, 0, 1).reshape(B, c * parts, M, D)[:, :G]
 
 
 class Decoder(nn.Module):
@@ -250,9 +263,9 @@ class Decoder(nn.Module):
         g = self.g
         x = self.embed()[tokens].astype(self.dtype)
         x = nn.with_logical_constraint(x, ("batch", "rows", None))
-        windows, kinds = self._windows()
+        windows, kinds = g.kinds
         visible = jnp.stack([visibility(positions, positions, segments, segments, window) for window in windows])
-        rows = Rows(*angles(g.rope, positions), visible, positions[:, 0])
+        cos, sin = angles(g.rope, positions)
 
         def attention(q: Array, held: LayerCache, kind: Any) -> Array:
             if self.attention == "xla" or misfit(self.attention, q.shape[1], g.H, q.dtype):
@@ -260,7 +273,7 @@ class Decoder(nn.Module):
             return flash(self.attention, q, held, visible, segments, windows, kind)
 
         def body(layer: Layer, x: Array, kind: Any) -> tuple[Array, LayerCache | None]:
-            return layer.real(x, rows, kind, adapted, keep, attention)
+            return layer.real(x, cos, sin, kind, adapted, keep, attention)
 
         if self.scanned:
             x, kept = self._scan(self._rematerialised(body))(self.layers, x, jnp.asarray(kinds))
@@ -288,37 +301,16 @@ class Decoder(nn.Module):
             fused: for each layer what `Layer.step` takes, see there; stacked, under `layers`, where layers are scanned.
             first: nothing is in the cache yet, `start` being 0.
         """
-        g, (B, R) = self.g, tokens.shape
-        m = jnp.zeros((0, g.D)) if masks is None else masks.embeddings.astype(self.dtype)
-        positions = reach = start[:, None] + jnp.arange(R)
-        windows, kinds = self._windows()
-        block, order = np.full(R, -1), np.zeros(R, int)  # of a real row: no block
-        if masks is not None:
-            positions = jnp.concatenate([positions, masks.anchors + masks.offsets], axis=1)
-            reach = jnp.concatenate([reach, masks.anchors], axis=1)
-            block, order = np.append(block, masks.blocks - masks.blocks.min()), np.append(order, masks.offsets)
-        same = (block[:, None] == block) & (block >= 0) & (order[:, None] >= order)
-        own = same | ((block < 0) & (positions[:, None, :] <= reach[..., None]))
-        # A window is measured from a row's own position.
-        distance = positions[..., None] - positions[:, None, :]
-        own = jnp.stack([own if window is None else own & (distance < window) for window in windows])
-        low = jnp.stack(
-            [jnp.zeros_like(positions) if w is None else jnp.maximum(positions - w + 1, 0) for w in windows]
-        )
-        high = jnp.broadcast_to(jnp.minimum(start[:, None], reach + 1), low.shape)
-        turns = angles(g.rope, positions)
-        if isinstance((fused or {}).get("layer_0", {}).get("attention_in", {}).get("kernel"), Panels):
-            assert not isinstance(cache, LayerCache)
-            x, cache = self._in_cpp(tokens, m, turns, (low, high), own, start, fused, cache, kinds)
-            return x[:, :R], x[:, R:], cache
+        B, R = tokens.shape
+        m = jnp.zeros((0, self.g.D)) if masks is None else masks.embeddings
         x = self.embed()[tokens].astype(self.dtype)
-        x = jnp.concatenate([x, jnp.broadcast_to(m, (B, *m.shape))], axis=1)
+        x = jnp.concatenate([x, jnp.broadcast_to(m.astype(self.dtype), (B, *m.shape))], axis=1)
+        rows, (_, kinds) = step_rows(self.g, start, R, masks), self.g.kinds
         slots = jnp.arange((cache if isinstance(cache, LayerCache) else cache[0]).k.shape[-2])
-        visible = (low[..., None] <= slots) & (slots < high[..., None])
-        rows = Rows(*turns, visible, start, own)
+        visible = (rows.low[..., None] <= slots) & (slots < rows.high[..., None])
 
         def body(layer: Layer, x: Array, kind: Any, cache: LayerCache, fused: Any) -> tuple[Array, LayerCache]:
-            return layer.step(x, rows, kind, cache, fused, R, first)
+            return layer.step(x, rows, kind, cache, visible, fused, R, first)
 
         if self.scanned:
             assert isinstance(cache, LayerCache)
@@ -331,31 +323,6 @@ class Decoder(nn.Module):
             cache = written
         x = self.norm(x)
         return x[:, :R], x[:, R:], cache
-
-    def _in_cpp(
-        self,
-        tokens: Int[Array, "B R"],
-        masks: Float[Array, "Q D"],
-        turns: tuple[Array, Array],
-        held: tuple[Array, Array],
-        own: Array,
-        start: Array,
-        fused: Any,
-        cache: Sequence[LayerCache],
-        kinds: list[int],
-    ) -> tuple[Float[Array, "B R D"], list[LayerCache]]:
-        """What the embedding, `Layer.step` and the final norm give, see `layers`."""
-        norms = ("attention_norm", "mlp_norm", *(("q_norm", "k_norm") if self.g.qk_norm else ()))
-        params, weights = self.variables["params"], []
-        for i in range(self.g.L):
-            groups = [fused[f"layer_{i}"][name] for name in ("attention_in", "attention_out", "mlp_in", "mlp_out")]
-            kernels, biases, loras = (tuple(group.get(name) for group in groups) for name in ("kernel", "bias", "lora"))
-            weights.append(
-                PanelLayer(tuple(params[f"layer_{i}"][name]["scale"] for name in norms), kernels, biases, loras)
-            )
-        epsilon, final = self.g.norm_epsilon, params["norm"]["scale"]
-        x, written = layers(tokens, self.embed(), masks, turns, held, own, start, weights, final, cache, kinds, epsilon)
-        return x, [LayerCache(*of_layer) for of_layer in written]
 
     def masks(
         self,
@@ -400,11 +367,6 @@ class Decoder(nn.Module):
     def unembedding(self) -> Float[Array, "V D"]:
         """The table of the base head, as stored."""
         return self.embed() if self.g.tied else self.unembed()
-
-    def _windows(self) -> tuple[list[int | None], list[int]]:
-        """The windows that occur, and which of them each layer has."""
-        windows = sorted(set(self.g.windows), key=lambda window: (window is None, window))
-        return windows, [windows.index(window) for window in self.g.windows]
 
     def _rematerialised(self, body: Callable[..., Any]) -> Callable[..., Any]:
         return body if self.remat == "none" else nn.remat(body, policy=REMAT_POLICIES[self.remat])

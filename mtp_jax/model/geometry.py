@@ -49,6 +49,12 @@ class Geometry:
     qk_norm: bool
     init_scale: float
 
+    @property
+    def kinds(self) -> tuple[list[int | None], list[int]]:
+        """The windows that occur, and which of them each layer has."""
+        windows = sorted(set(self.windows), key=lambda window: (window is None, window))
+        return windows, [windows.index(window) for window in self.windows]
+
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str = "config.json") -> "Geometry":
         """Read a Hugging Face config, in the spelling of transformers 4 or 5.

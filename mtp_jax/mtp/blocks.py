@@ -1,4 +1,4 @@
-"""Blocks of masks behind anchors, and what each mask row is to predict (method.md, sections 1 and 4)."""
+"""Blocks of masks behind anchors, and what each mask row is to predict (docs/how-it-works.md, sections 1 and 6)."""
 
 from typing import NamedTuple
 

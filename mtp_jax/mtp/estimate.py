@@ -1,5 +1,6 @@
 """Tokens per step without decoding: walk the base model's own continuations as the decoder would."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,13 +85,20 @@ def walk(accepted: np.ndarray, prompt_length: int, length: int, masks: int) -> t
     return max(length - prompt_length - 1, 0), steps
 
 
+def mean_tokens(counts: Iterable[tuple[int, int]]) -> float:
+    """Tokens per step over several texts (docs/how-it-works.md, section 7.1).
+
+    Args:
+        counts: of each text, new tokens behind the one that prefill gives, and decoding steps.
+    """
+    pairs = list(counts)
+    return sum(tokens for tokens, _ in pairs) / max(sum(steps for _, steps in pairs), 1)
+
+
 def tokens_per_step(accepted: np.ndarray, of: Continuations, masks: int) -> float:
     """Mean tokens per decoding step over all continuations, in [1, masks + 1]."""
-    walks = [
-        walk(row, int(start), int(end), masks)
-        for row, start, end in zip(accepted, of.prompt_length, of.length, strict=True)
-    ]
-    return sum(tokens for tokens, _ in walks) / max(sum(steps for _, steps in walks), 1)
+    rows = zip(accepted, of.prompt_length, of.length, strict=True)
+    return mean_tokens(walk(row, int(start), int(end), masks) for row, start, end in rows)
 
 
 def usable(masks: int) -> list[int]:

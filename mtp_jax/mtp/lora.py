@@ -1,4 +1,4 @@
-"""Gated LoRA: low-rank matrices beside the frozen projections, met by mask rows alone (method.md, section 2).
+"""Gated LoRA: low-rank pairs beside the frozen projections, met by mask rows alone (docs/how-it-works.md, section 4).
 
 The gate is structural. Real rows and mask rows are two streams through the same frozen weights and only the mask stream
 asks for the `lora` collection, so real rows cannot depend on it and nothing is multiplied by zero.

@@ -1,4 +1,4 @@
-"""All losses of the method, as returned values (method.md, section 4)."""
+"""All losses of the method, as returned values (docs/how-it-works.md, section 6)."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,13 +9,14 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from mtp_jax.model.attention import Blocks, Keys, LayerCache
+from mtp_jax.model.chunks import cut, over_chunks, sum_over_chunks
 from mtp_jax.model.decoder import Decoder, head
 from mtp_jax.model.weights import Params, leaf_at
-from mtp_jax.mtp.accumulation import accumulated, cut
+from mtp_jax.mtp.accumulation import accumulated
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table, with_adapter
 from mtp_jax.mtp.blocks import Targets, blocks_of, targets_of
 from mtp_jax.mtp.sampler import sample_latent
-from mtp_jax.mtp.vocabulary import cross_entropy, divergence, over_chunks, sum_over_chunks
+from mtp_jax.mtp.vocabulary import cross_entropy, divergence, rows_at_a_time
 from mtp_jax.sharding import place
 
 Sums = dict[str, Array]
@@ -130,7 +131,7 @@ class MultiTokenLoss:
             return sums, choice
 
         rows = (z_real, batch["tokens"], batch["labels"], batch["supervised"])
-        sums, choice = over_chunks(real, rows, self.loss_chunk)
+        sums, choice = over_chunks(real, rows, rows_at_a_time(self.loss_chunk, len(z_real)))
         # Targets taken from the base model are constants, also where standard LoRA moves the real rows.
         return Context(Keys(*fields[1:]), kept, jax.lax.stop_gradient(z_real), choice, table), sums
 
@@ -186,7 +187,8 @@ class MultiTokenLoss:
                 sums["lcm"] = jnp.sum(jnp.mean(gap * gap, axis=-1) * of.share)
             return sums
 
-        return sum_over_chunks(masks, (z, targets), max(1, self.loss_chunk // self.shape.masks))
+        chunk = rows_at_a_time(max(1, self.loss_chunk // self.shape.masks), len(z))
+        return sum_over_chunks(masks, (z, targets), chunk)
 
     def sums(self, trained: Params, frozen: Params, batch: Any, step: Int[Array, ""]) -> Sums:
         """Every term summed over the rows it runs over."""

@@ -1,11 +1,10 @@
-"""The sampler head: corrects a mask row's latent for the token chosen just before (method.md, section 3)."""
+"""The sampler head: corrects a mask row's latent for the token chosen just before (docs/how-it-works.md, section 5)."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from mtp_jax.model.products import Matrix, PanelSampler, times
 from mtp_jax.model.weights import Params, Weight
 
 _EPSILON = 1e-5
@@ -53,35 +52,35 @@ def sample_latent(
     """The latent whose unembedding predicts the next token, from z and the embedding of the token chosen before it.
 
     Args:
-        sampler: weights of `sampler_table`, or as decoding has them: the first kernel's halves apart.
+        sampler: weights of `sampler_table`, or what `parted` makes of them.
         form: "paper", MLP([E[prev]; z]), or "residual", z + MLP([E[prev]; z]).
         read: what `read_latent` gives for z, where that was computed before.
     """
-    h = times(previous.astype(z.dtype), _halves(sampler)[0]) + (read_latent(sampler, z) if read is None else read)
+    h = _times(previous.astype(z.dtype), _halves(sampler)[0]) + (read_latent(sampler, z) if read is None else read)
     h = _layer_norm(nn.silu(h), sampler["norm_0"])
     linear = sampler["linear_1"]
-    h = _layer_norm(nn.silu(times(h, linear["kernel"]) + linear["bias"].astype(h.dtype)), sampler["norm_1"])
+    h = _layer_norm(nn.silu(_times(h, linear["kernel"]) + linear["bias"].astype(h.dtype)), sampler["norm_1"])
     return z + h if form == "residual" else h
 
 
 def read_latent(sampler: Params, z: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """What the first linear layer reads from z; the rest of it waits for the token chosen before."""
-    return times(z, _halves(sampler)[1]) + sampler["linear_0"]["bias"].astype(z.dtype)
+    return _times(z, _halves(sampler)[1]) + sampler["linear_0"]["bias"].astype(z.dtype)
 
 
-def panel_sampler(sampler: Params) -> PanelSampler:
-    """The weights as `products.draft` takes them; their matrices are panels."""
-    linear, norms = (sampler["linear_0"], sampler["linear_1"]), (sampler["norm_0"], sampler["norm_1"])
-    biases, scales, shifts = (
-        (first[name].astype(jnp.float32), second[name].astype(jnp.float32))
-        for (first, second), name in ((linear, "bias"), (norms, "scale"), (norms, "bias"))
-    )
-    return PanelSampler(*linear[0]["kernel"], linear[1]["kernel"], biases, scales, shifts)
+def parted(sampler: Params) -> Params:
+    """The weights with the first kernel's halves apart, so that a loop does not cut it anew in each step."""
+    return sampler | {"linear_0": sampler["linear_0"] | {"kernel": _halves(sampler)}}
 
 
-def _halves(sampler: Params) -> tuple[Matrix, Matrix]:
+def _halves(sampler: Params) -> tuple[Float[Array, "D D"], Float[Array, "D D"]]:
+    """What the first layer reads the embedding with, and what it reads the latent with."""
     kernel = sampler["linear_0"]["kernel"]
     return kernel if isinstance(kernel, tuple) else (kernel[: len(kernel) // 2], kernel[len(kernel) // 2 :])
+
+
+def _times(x: Float[Array, "... in"], w: Float[Array, "in out"]) -> Float[Array, "... out"]:
+    return x @ w.astype(x.dtype)
 
 
 def _layer_norm(x: Float[Array, "... D"], norm: Params) -> Float[Array, "... D"]:

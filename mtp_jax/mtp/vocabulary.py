@@ -1,7 +1,4 @@
-"""Losses over the vocabulary, a chunk of rows at a time, so that memory never holds rows x vocabulary."""
-
-from collections.abc import Callable
-from typing import Any
+"""Losses over the vocabulary; callers take a chunk of rows at a time, so that memory never holds rows x vocabulary."""
 
 import jax
 import jax.numpy as jnp
@@ -10,41 +7,9 @@ from jaxtyping import Array, Bool, Float, Int
 from mtp_jax.sharding import parts_of
 
 
-def over_chunks(f: Callable[[Any], tuple[Any, Any]], rows: Any, chunk: int) -> tuple[Any, Any]:
-    """Apply `f` to chunks of rows: the total of its first result, and its second for all rows.
-
-    Where there are several chunks, `f` is computed again in the backward pass, a chunk at a time.
-
-    Args:
-        f: from arrays [B, c, ...] to a tree of sums and a tree of arrays [B, c, ...]; rows of zeros must add nothing.
-        rows: a tree of arrays [B, T, ...].
-        chunk: about how many rows of each device are in a chunk.
-    """
-    B, T = jax.tree.leaves(rows)[0].shape[:2]
-    c = min(T, max(1, chunk * parts_of("batch") // B))
-    count = -(-T // c)
-
-    def cut(leaf: Array) -> Array:  # chunks go along T, so that rows stay where the batch is sharded
-        leaf = jnp.pad(leaf, [(0, 0), (0, count * c - T)] + [(0, 0)] * (leaf.ndim - 2))
-        return jnp.moveaxis(leaf.reshape(B, count, c, *leaf.shape[2:]), 1, 0)
-
-    chunks = jax.tree.map(cut, rows)
-    first = jax.tree.map(lambda x: x[0], chunks)
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, first)[0])
-    step = jax.checkpoint(f) if count > 1 else f
-
-    def body(total: Any, part: Any) -> tuple[Any, Any]:
-        sums, values = step(part)
-        return jax.tree.map(jnp.add, total, sums), values
-
-    total, values = jax.lax.scan(body, zero, chunks)
-    join = lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(B, count * c, *leaf.shape[3:])[:, :T]  # noqa: E731
-    return total, jax.tree.map(join, values)
-
-
-def sum_over_chunks(f: Callable[[Any], Any], rows: Any, chunk: int) -> Any:
-    """The total of `f` over chunks of rows; see `over_chunks`."""
-    return over_chunks(lambda part: (f(part), None), rows, chunk)[0]
+def rows_at_a_time(rows: int, batch: int) -> int:
+    """How many rows of each sequence make about `rows` on each device."""
+    return max(1, rows * parts_of("batch") // batch)
 
 
 def cross_entropy(logits: Float[Array, "... V"], labels: Int[Array, "..."]) -> Float[Array, "..."]:

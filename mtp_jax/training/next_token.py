@@ -8,7 +8,8 @@ from jaxtyping import Array, Float
 
 from mtp_jax.data.pipeline import Batch
 from mtp_jax.model.decoder import Decoder, head
-from mtp_jax.mtp.vocabulary import cross_entropy_sums, sum_over_chunks
+from mtp_jax.model.chunks import sum_over_chunks
+from mtp_jax.mtp.vocabulary import cross_entropy_sums, rows_at_a_time
 from mtp_jax.sharding import place
 from mtp_jax.training.step import Metrics
 
@@ -42,4 +43,5 @@ class NextToken:
             latents, labels, supervised = rows
             return cross_entropy_sums(head(latents, table), labels, supervised)
 
-        return sum_over_chunks(chunk, (latents, batch["labels"], batch["supervised"]), self.loss_chunk)
+        rows = (latents, batch["labels"], batch["supervised"])
+        return sum_over_chunks(chunk, rows, rows_at_a_time(self.loss_chunk, len(latents)))

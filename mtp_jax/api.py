@@ -1,0 +1,73 @@
+"""`load`: from the name of a model to a generator."""
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax import sharding
+from mtp_jax.decoding.forward import Forward
+from mtp_jax.decoding.generator import Generator
+from mtp_jax.decoding.options import Options
+from mtp_jax.decoding.plan import BlockPlan, plain
+from mtp_jax.errors import UserError
+from mtp_jax.model.base import Base, open_base
+from mtp_jax.model.decoder import Decoder
+from mtp_jax.model.weights import unstack_layers
+from mtp_jax.mtp.adapter_folder import Adapter, open_adapter
+
+
+def load(
+    model: str,
+    *,
+    adapter: str | None = None,
+    plan: BlockPlan | None = None,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    shortlist: int | None = 256,
+) -> Generator:
+    """A generator for a Hugging Face folder, a hub name or bundled:NAME.
+
+    Args:
+        adapter: a run's folder, an adapter folder, bundled:NAME, or a hub name.
+        plan: plain decoding by default; `decoding.auto.choose_plan` measures which one is fastest.
+        dtype: of the computation, float32 on CPU and bfloat16 on accelerators by default.
+        mesh: spreads weights over its fsdp and tensor axes (`sharding.make_mesh`); by default all is on one device.
+        shortlist: candidates of each mask row that the sampler head scores; None for all tokens.
+    Raises:
+        UserError: a model or adapter that does not do, an adapter without gate, which changes the base's output, or a
+            plan that the adapter has too few masks for.
+    """
+    base = open_base(model)
+    found = None if adapter is None else open_adapter(adapter, base)
+    if found is not None and not found.shape.gated:
+        raise UserError(f"{adapter}: was trained without gate (lora.gated: false) and cannot decode losslessly.")
+    options = Options(plan or plain(), shortlist)
+    return generator(base, found, options, jnp.dtype(dtype or default_dtype()), mesh)
+
+
+def generator(
+    base: Base,
+    adapter: Adapter | None,
+    options: Options,
+    dtype: jnp.dtype,
+    mesh: jax.sharding.Mesh | None = None,
+    forward: Forward | None = None,
+) -> Generator:
+    """A generator from what is open already; `forward` is the fastest here by default."""
+    from mtp_jax.cpu import fastest_forward  # the only place that knows of more than one
+
+    tokenizer = base.tokenizer  # refused before weights are read
+    shape = None if adapter is None else adapter.shape
+    if forward is None:
+        forward = fastest_forward(Decoder(base.g, dtype, scanned=False), shape, whole=mesh is None)
+    arrays = None if adapter is None else adapter.arrays
+    if arrays is not None and mesh is not None:  # small beside the base
+        arrays = jax.device_put(arrays, sharding.replicated(mesh))
+    params = base.load(dtype, None if mesh is None else lambda weight: sharding.weight_sharding(mesh, weight))
+    variables = forward.prepare(unstack_layers(params), arrays)
+    identity = base.fingerprint + ("" if adapter is None else adapter.digest)
+    return Generator(forward, variables, tokenizer, base.stops, options, mesh, identity)
+
+
+def default_dtype() -> str:
+    """What is computed in unless the user says otherwise."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"

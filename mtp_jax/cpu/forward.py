@@ -1,0 +1,105 @@
+"""The forward pass of a decoding step in C++ (`decoding.forward.Forward`)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mtp_jax.cpu.native import PanelLayer, PanelLora, largest, layers, narrow, pack, times
+from mtp_jax.decoding.forward import GROUPS, Variables, drafting_weights, lora_parts
+from mtp_jax.model.attention import LayerCache
+from mtp_jax.model.decoder import Cache, Decoder, MaskRows, step_rows
+from mtp_jax.model.weights import Params
+from mtp_jax.mtp.adapter import AdapterShape, with_adapter
+
+
+@dataclass(frozen=True)
+class CpuForward:
+    """All layers of a step in one call, the base head and the shortlist; the rest is XLA's, where it is as fast."""
+
+    model: Decoder
+    shape: AdapterShape | None
+    build: str
+
+    def prepare(self, params: Params, adapter: Params | None) -> Variables:
+        """`layers`, `norm`, the tables `embed` and `unembed`, the base head in panels, and with an adapter `mtp`."""
+        g = self.model.g
+        lora = None if adapter is None or self.shape is None else with_adapter({}, adapter, self.shape)["lora"]
+        head = params["embed" if g.tied else "unembed"]["embedding"]
+        embed = _gathered(params["embed"]["embedding"])
+        variables = {
+            "layers": [self._layer(params.pop(f"layer_{i}"), lora, i) for i in range(g.L)],
+            "norm": params["norm"]["scale"],
+            "embed": embed,
+            "unembed": embed if g.tied else _gathered(head),
+            "head": pack(head.T),  # a copy: drafting reads whole rows of the tables
+        }
+        return variables if adapter is None else variables | {"mtp": drafting_weights(adapter["mtp"], self.model.dtype)}
+
+    def _layer(self, params: Params, lora: Params | None, layer: int) -> PanelLayer:
+        norms = ("attention_norm", "mlp_norm", *(("q_norm", "k_norm") if self.model.g.qk_norm else ()))
+        kernels, biases, loras = [], [], []
+        for names in GROUPS.values():
+            parts = [params.pop(name) for name in names]
+            kernels.append(pack(*(part["kernel"] for part in parts)))
+            biases.append(jnp.concatenate([part["bias"] for part in parts]) if "bias" in parts[0] else None)
+            adapted = lora is not None and any(name in lora["layers"] for name in names)
+            loras.append(_panel_lora(*lora_parts(self.model, lora, names, layer)) if adapted and lora else None)
+        return PanelLayer(tuple(params[name]["scale"] for name in norms), tuple(kernels), tuple(biases), tuple(loras))
+
+    def rows(
+        self,
+        variables: Variables,
+        tokens: Int[Array, "B R"],
+        start: Int[Array, " B"],
+        cache: Cache,
+        masks: MaskRows | None = None,
+        first: bool = False,
+    ) -> tuple[Float[Array, "B R D"], Float[Array, "B Q D"], Cache]:
+        """What `Decoder.step` gives."""
+        del first  # rows see only slots that hold something
+        assert not isinstance(cache, LayerCache)
+        g, R = self.model.g, tokens.shape[1]
+        m = jnp.zeros((0, g.D)) if masks is None else masks.embeddings
+        rows, (_, kinds) = step_rows(g, start, R, masks), g.kinds
+        weights, norm = variables["layers"], variables["norm"]
+        x, written = layers(tokens, variables["embed"], m, rows, weights, norm, cache, kinds, g.norm_epsilon)
+        return x[:, :R], x[:, R:], written
+
+    def logits(self, variables: Variables, latents: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """The base head."""
+        return times(latents, variables["head"])
+
+    def embedded(self, variables: Variables, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+        """Rows of the table of embeddings."""
+        return _rows(variables["embed"], tokens)
+
+    def unembedded(self, variables: Variables, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+        """Rows of the base head's table."""
+        return _rows(variables["unembed"], tokens)
+
+    def candidates(self, scores: Float[Array, "... V"], count: int) -> Int[Array, "... C"]:
+        """The `count` largest, without a sort."""
+        return largest(scores, count)
+
+
+def _gathered(table: Float[Array, "V D"]) -> Array:
+    """A table to take rows from: bfloat16 numbers as uint16, as XLA converts a whole bfloat16 table for each gather."""
+    table = narrow(table)
+    return table if table.dtype == jnp.float32 else jax.lax.bitcast_convert_type(table, jnp.uint16)
+
+
+def _rows(table: Any, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+    rows = table[tokens]
+    if rows.dtype == jnp.uint16:
+        rows = jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
+    return rows.astype(jnp.float32)
+
+
+def _panel_lora(a: list[Array], b: list[Array]) -> PanelLora:
+    ranks = [len(part) for part in b]
+    rows = [jnp.pad(part, ((0, max(ranks) - len(part)), (0, 0))) for part in b]  # none adds zero
+    offsets = [int(sum(ranks[:i])) if rank else 0 for i, rank in enumerate(ranks)]
+    return PanelLora(pack(jnp.concatenate(a, axis=-1)), pack(*rows), tuple(offsets))

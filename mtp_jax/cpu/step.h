@@ -1,0 +1,178 @@
+// A decoding step of few rows on a CPU, without any of XLA: all layers, and the largest of many numbers.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "products.h"
+#include "vectors.h"
+#include "work.h"
+
+namespace mtp_jax {
+
+// y = norm(x), or silu(gate) * up for rows x of gate and up side by side.
+struct ByRow : Work {
+  static constexpr int64_t TOGETHER = 8;
+  const float *x, *scale = nullptr;
+  float *y, epsilon;
+  int64_t rows, D;  // of y
+
+  void unit(int64_t u) override {
+    for (int64_t row = u * TOGETHER; row < std::min(rows, (u + 1) * TOGETHER); ++row)
+      if (scale)
+        norm(x + row * D, D, scale, epsilon, y + row * D);
+      else
+        gate(x + row * 2 * D, y + row * D);
+  }
+
+  void gate(const float* gates, float* to) const {
+    for (int64_t d = 0; d < D; d += LANES)
+      store(silu(load(gates + d, D - d)) * load(gates + D + d, D - d), to + d, D - d);
+  }
+};
+
+// The indices, in order, of the C largest numbers of each row of x; of equal ones the first. What is no number counts as
+// the smallest.
+struct Largest : Work {
+  const float* x;
+  int32_t* y;
+  int64_t V, C;
+
+  void unit(int64_t row) override {
+    thread_local std::vector<float> tops, values;
+    thread_local std::vector<int32_t> near;
+    const float* numbers = x + row * V;
+    // Number v is in class v modulo their count. At least C numbers are as large as the C-th of the classes' largest.
+    int64_t classes = std::min(V, std::max<int64_t>(4 * C, 64));
+    tops.assign(classes, LEAST);
+    for (int64_t from = 0; from < V; from += classes)
+      for (int64_t c = 0; c < std::min(classes, V - from); ++c)
+        tops[c] = numbers[from + c] > tops[c] ? numbers[from + c] : tops[c];
+    float bound = least(tops);
+    near.resize(V);
+    int64_t count = 0;
+    for (int64_t v = 0; v < V; ++v) {
+      near[count] = static_cast<int32_t>(v);
+      count += !(numbers[v] < bound);
+    }
+    values.resize(count);
+    for (int64_t i = 0; i < count; ++i) values[i] = std::max(LEAST, numbers[near[i]]);
+    bound = least(values);
+    int64_t equal = C - std::count_if(values.begin(), values.end(), [&](float value) { return value > bound; });
+    int32_t* to = y + row * C;
+    for (int64_t i = 0; i < count; ++i) {
+      float value = std::max(LEAST, numbers[near[i]]);
+      if (value > bound || (value == bound && equal-- > 0)) *to++ = near[i];
+    }
+  }
+
+ private:
+  static constexpr float LEAST = -std::numeric_limits<float>::infinity();
+
+  // The C-th largest, which moves numbers about.
+  float least(std::vector<float>& of) const {
+    std::nth_element(of.begin(), of.begin() + (C - 1), of.end(), std::greater<float>());
+    return of[C - 1];
+  }
+};
+
+// Rows of numbers, float or bfloat16.
+struct Table {
+  const void* numbers = nullptr;
+  bool halves = false;
+  int64_t rows = 0;
+
+  // Row `id`; the first or last where there is none, as XLA's gather has it.
+  void copy(int64_t id, int64_t D, float* to) const {
+    id = std::clamp<int64_t>(id, 0, rows - 1);
+    if (halves)
+      for (int64_t d = 0; d < D; ++d) to[d] = static_cast<const Half*>(numbers)[id * D + d];
+    else
+      std::copy_n(static_cast<const float*>(numbers) + id * D, D, to);
+  }
+};
+
+// Weights of one layer, its projections in groups that read one input: q,k,v; o; gate,up; down. And its cache.
+struct Layer {
+  const float *attention_scale = nullptr, *mlp_scale = nullptr, *q_scale = nullptr, *k_scale = nullptr;
+  Group groups[4];
+  float *keys = nullptr, *values = nullptr;
+  int64_t kind = 0;  // which visibility it has
+};
+
+// All layers and the final norm, over R rows of each of B sequences: of `tokens`, and behind them `masks`.
+struct Step {
+  const int32_t* tokens = nullptr;
+  Table embedding;
+  const float *masks = nullptr, *cosine = nullptr, *sine = nullptr, *final_scale = nullptr;
+  const int32_t *low = nullptr, *high = nullptr, *start = nullptr;
+  const bool* seen = nullptr;
+  float epsilon = 0;
+  int64_t B = 0, R = 0, real = 0, D = 0, K = 0, S = 0, H = 0;
+  std::vector<Layer> layers;
+  float* latents = nullptr;  // what is computed
+
+  void run(Team& team) const {
+    int64_t rows = B * R;
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t r = 0; r < real; ++r) embedding.copy(tokens[b * real + r], D, latents + (b * R + r) * D);
+      std::copy_n(masks, (R - real) * D, latents + (b * R + real) * D);
+    }
+    thread_local std::vector<float> normed, projected, attended, gates, gated, own_keys, own_values;
+    for (const Layer& layer : layers) {
+      int64_t N = layer.groups[0].width() / H - 2 * K, F = layer.groups[2].width() / 2;
+      normed.resize(rows * D), projected.resize(rows * (N + 2 * K) * H), attended.resize(rows * N * H);
+      gates.resize(rows * 2 * F), gated.resize(rows * F);
+      own_keys.resize(rows * K * H), own_values.resize(rows * K * H);
+
+      by_row(team, latents, layer.attention_scale, D, normed.data());
+      project(team, normed.data(), D, layer.groups[0], projected.data(), false);
+      auto work = std::make_shared<Attention>();
+      work->cosine = cosine, work->sine = sine;
+      work->q_scale = layer.q_scale, work->k_scale = layer.k_scale, work->epsilon = epsilon;
+      work->low = low + layer.kind * rows, work->high = high + layer.kind * rows;
+      work->seen = seen + layer.kind * rows * R, work->start = start;
+      work->projected = projected.data(), work->out = attended.data();
+      work->keys = layer.keys, work->values = layer.values;
+      work->own_keys = own_keys.data(), work->own_values = own_values.data();
+      work->R = R, work->N = N, work->K = K, work->H = H, work->S = S, work->real = real;
+      work->units = B * K;
+      team.run(work);
+      project(team, attended.data(), N * H, layer.groups[1], latents, true);
+      by_row(team, latents, layer.mlp_scale, D, normed.data());
+      project(team, normed.data(), D, layer.groups[2], gates.data(), false);
+      by_row(team, gates.data(), nullptr, F, gated.data());
+      project(team, gated.data(), F, layer.groups[3], latents, true);
+    }
+    by_row(team, latents, final_scale, D, latents);
+  }
+
+ private:
+  void by_row(Team& team, const float* from, const float* scale, int64_t width, float* to) const {
+    auto work = std::make_shared<ByRow>();
+    work->x = from, work->scale = scale, work->y = to, work->epsilon = epsilon, work->rows = B * R, work->D = width;
+    work->units = (work->rows + ByRow::TOGETHER - 1) / ByRow::TOGETHER;
+    team.run(work);
+  }
+
+  void project(Team& team, const float* from, int64_t width, const Group& group, float* to, bool add) const {
+    thread_local std::vector<float> inner;
+    auto work = std::make_shared<Products>();
+    work->x = {from, B * R, width}, work->group = group, work->y = to, work->add = add, work->sequences = B;
+    if (group.a.w && real < R) {
+      work->lora_rows = R - real, work->C = group.a.ends.last();
+      inner.resize(B * work->lora_rows * work->C);
+      work->inner = inner.data();
+    }
+    work->prepare(team.threads);
+    team.run(work);
+  }
+};
+
+}  // namespace mtp_jax

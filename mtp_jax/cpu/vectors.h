@@ -1,0 +1,125 @@
+// Vectors of floats as wide as the processor has them, bfloat16 numbers, and functions of a row of numbers.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+namespace mtp_jax {
+
+// Registers: accumulators for MOST rows by VECTORS of a panel, or for FEW rows by COLUMNS keys, and what they meet.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, MOST = 12, FEW = 6, COLUMNS = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, MOST = 6, FEW = 3, COLUMNS = 4;
+#elif defined(__SSE__)
+constexpr int LANES = 4, MOST = 6, FEW = 3, COLUMNS = 4;
+#else
+constexpr int LANES = 4, MOST = 12, FEW = 6, COLUMNS = 4;
+#endif
+constexpr int VECTORS = 2, WIDTH = VECTORS * LANES;  // of a panel
+constexpr int64_t AHEAD = 8192;  // bytes of a panel that are fetched before their turn
+constexpr int64_t LINE = 64;     // bytes that memory gives at a time
+constexpr int64_t UNITS = 4;     // that a product is cut into for each thread
+
+typedef float Lanes __attribute__((vector_size(LANES * 4)));
+
+inline Lanes load(const float* from) {
+  Lanes v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// The first `count` numbers, of which a vector takes as many as it has; a length that the compiler knows makes no call.
+inline Lanes load(const float* from, int64_t count) {
+  if (count >= LANES) return load(from);
+  Lanes v = {};
+  __builtin_memcpy(&v, from, count * sizeof(float));
+  return v;
+}
+
+inline void store(Lanes v, float* to, int64_t count) {
+  if (count >= LANES)
+    __builtin_memcpy(to, &v, sizeof v);
+  else
+    __builtin_memcpy(to, &v, count * sizeof(float));
+}
+
+// A bfloat16 is the upper half of a float.
+struct Half {
+  uint16_t bits;
+  operator float() const {
+    uint32_t whole = static_cast<uint32_t>(bits) << 16;
+    float number;
+    __builtin_memcpy(&number, &whole, sizeof number);
+    return number;
+  }
+};
+
+inline Lanes load(const Half* from) {
+  typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+  typedef uint32_t Wholes __attribute__((vector_size(LANES * 4)));
+  Halves v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return (Lanes)(__builtin_convertvector(v, Wholes) << 16);
+}
+
+template <int n>
+inline float sum(const float* v) {
+  typedef float Part __attribute__((vector_size(n * 2)));
+  Part low, high;
+  __builtin_memcpy(&low, v, sizeof low);
+  __builtin_memcpy(&high, v + n / 2, sizeof high);
+  low += high;
+  float out[n / 2];
+  __builtin_memcpy(out, &low, sizeof low);
+  return sum<n / 2>(out);
+}
+template <>
+inline float sum<2>(const float* v) {
+  return v[0] + v[1];
+}
+
+// e^x for x <= 0, to within two units in the last place; 0 below -87.
+inline Lanes exponential(Lanes x) {
+  typedef int32_t Whole __attribute__((vector_size(LANES * 4)));
+  Lanes low = x - x - 87.0f;
+  Lanes clamped = x > low ? x : low;
+  Whole n = __builtin_convertvector(clamped * 1.44269504f - 0.5f, Whole);  // nearest: the argument is never positive
+  Lanes whole = __builtin_convertvector(n, Lanes);
+  Lanes r = clamped - whole * 0.693359375f - whole * -2.12194440e-4f;
+  Lanes p = 1.9875691500e-4f * r + 1.3981999507e-3f;  // the polynomial of Cephes' expf
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Lanes scale = (Lanes)((n + 127) << 23);
+  return x > low ? p * scale : x - x;
+}
+
+inline Lanes silu(Lanes x) {
+  Lanes e = exponential(x > 0 ? -x : x);
+  return x * (x > 0 ? e - e + 1 : e) / (1 + e);
+}
+
+// x y, summed.
+template <typename Number>
+inline float dot(const float* x, const Number* y, int64_t D) {
+  Lanes acc[2] = {};
+  float rest = 0;
+  int64_t d = 0;
+  for (; d + 2 * LANES <= D; d += 2 * LANES)
+    for (int c = 0; c < 2; ++c) acc[c] += load(x + d + c * LANES) * load(y + d + c * LANES);
+  for (; d < D; ++d) rest += x[d] * y[d];
+  acc[0] += acc[1];
+  return rest + sum<LANES>(reinterpret_cast<const float*>(&acc[0]));
+}
+
+// y = x / sqrt(mean(x^2) + epsilon) * scale
+inline void norm(const float* x, int64_t D, const float* scale, float epsilon, float* y) {
+  float by = 1 / std::sqrt(dot(x, x, D) / D + epsilon);
+  for (int64_t d = 0; d < D; ++d) y[d] = x[d] * by * scale[d];
+}
+
+}  // namespace mtp_jax
