@@ -11,8 +11,9 @@ from mtp_jax.decoding.plan import BlockPlan, plain
 from mtp_jax.errors import UserError
 from mtp_jax.model.base import Base, open_base
 from mtp_jax.model.decoder import Decoder
-from mtp_jax.model.weights import unstack_layers
-from mtp_jax.mtp.adapter_folder import Adapter, open_adapter
+from mtp_jax.model.weights import Params, unstack_layers
+from mtp_jax.mtp.adapter import AdapterShape
+from mtp_jax.mtp.adapter_folder import open_adapter
 
 
 def load(
@@ -40,31 +41,32 @@ def load(
     found = None if adapter is None else open_adapter(adapter, base)
     if found is not None and not found.shape.gated:
         raise UserError(f"{adapter}: was trained without gate (lora.gated: false) and cannot decode losslessly.")
-    options = Options(plan or plain(), shortlist)
-    return generator(base, found, options, jnp.dtype(dtype or default_dtype()), mesh)
+    parts = None if found is None else (found.shape, found.arrays)
+    identity = base.fingerprint + ("" if found is None else found.digest)
+    options, kept = Options(plan or plain(), shortlist), jnp.dtype(dtype or default_dtype())
+    return generator(base, options, kept, parts, mesh, identity=identity)
 
 
 def generator(
     base: Base,
-    adapter: Adapter | None,
     options: Options,
     dtype: jnp.dtype,
+    adapter: tuple[AdapterShape, Params] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     forward: Forward | None = None,
+    identity: str = "",
 ) -> Generator:
-    """A generator from what is open already; `forward` is the fastest here by default."""
+    """A generator from what is open already; `forward` is by default the fastest here, `identity` as in `Generator`."""
     from mtp_jax.cpu import fastest_forward  # the only place that knows of more than one
 
     tokenizer = base.tokenizer  # refused before weights are read
-    shape = None if adapter is None else adapter.shape
+    shape, arrays = adapter or (None, None)
     if forward is None:
         forward = fastest_forward(Decoder(base.g, dtype, scanned=False), shape, whole=mesh is None)
-    arrays = None if adapter is None else adapter.arrays
     if arrays is not None and mesh is not None:  # small beside the base
         arrays = jax.device_put(arrays, sharding.replicated(mesh))
     params = base.load(dtype, None if mesh is None else lambda weight: sharding.weight_sharding(mesh, weight))
     variables = forward.prepare(unstack_layers(params), arrays)
-    identity = base.fingerprint + ("" if adapter is None else adapter.digest)
     return Generator(forward, variables, tokenizer, base.stops, options, mesh, identity)
 
 

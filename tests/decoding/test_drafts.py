@@ -8,17 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.decoding import fusion, loop
-from mtp_jax.decoding.drafting import candidates
-from mtp_jax.decoding.generator import Generator, decoding_variables
-from mtp_jax.decoding.loop import Limits
+import mtp_jax
+from mtp_jax import api
+from mtp_jax.decoding import generator as module
+from mtp_jax.decoding import loop
+from mtp_jax.decoding.forward import XlaForward
+from mtp_jax.decoding.loop import Decoding, Limits
+from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import linear, parse_plan, quadratic
 from mtp_jax.errors import UserError
-from mtp_jax.model.folder import load_params
-from mtp_jax.model.products import Panels
+from mtp_jax.model.base import open_base
+from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import PROJECTIONS
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
-from mtp_jax.mtp.adapter_folder import fingerprint, write_adapter
+from mtp_jax.mtp.adapter_folder import write_adapter
 from mtp_jax.mtp.estimate import Continuations, Estimator, tokens_per_step
 
 M = 4
@@ -27,24 +30,21 @@ QUICK = ("linear:4", "quadratic:2", "blocks:3,1,0,2")
 PLANS = [*QUICK, *(pytest.param(p, marks=pytest.mark.slow) for p in ("linear:1", "quadratic:1", "blocks:4,2,1,1,4"))]
 
 
-def noise(generator, sampler="residual", scale=0.3):
+def noise(base, sampler="residual", scale=0.3):
     """An adapter full of noise."""
     shape = AdapterShape(M, 8, 16.0, PROJECTIONS, sampler)
-    table = generator.variables["params"]["embed"]["embedding"]
-    adapter = init_adapter(generator.g, shape, table, jax.random.key(1))
+    adapter = init_adapter(base.g, shape, base.load()["embed"]["embedding"], jax.random.key(1))
     drawn = iter(jax.random.split(jax.random.key(2), 100))
-    adapter = jax.tree.map(lambda x: x + scale * jax.random.normal(next(drawn), x.shape), adapter)
-    return shape, adapter
+    return shape, jax.tree.map(lambda x: x + scale * jax.random.normal(next(drawn), x.shape), adapter)
 
 
-def equipped(folder, dtype="float32", **options):
-    """A generator without stop ids whose adapter is noise."""
-    generator = Generator.load(str(folder), dtype)
+def equipped(folder, dtype="float32", xla=False, options=None, **of_noise):
+    """A generator without stop ids whose adapter is noise, and that adapter."""
+    base, dtype = open_base(str(folder)), jnp.dtype(dtype)
+    shape, adapter = noise(base, **of_noise)
+    forward = XlaForward(Decoder(base.g, dtype, scanned=False), shape) if xla else None
+    generator = api.generator(base, options or Options(), dtype, (shape, adapter), forward=forward)
     generator.stops = ()
-    shape, adapter = noise(generator, **options)
-    generator.shape = shape
-    params = load_params(folder, generator.g, generator.dtype)
-    generator.variables = decoding_variables(generator.g, params, adapter, shape, generator.dtype, kernels=True)
     return generator, adapter
 
 
@@ -58,12 +58,8 @@ def small(small_folder):
 
 
 def decoded(generator, plan, *arguments, **options):
-    before = generator.plan
-    generator.plan = parse_plan(plan) if isinstance(plan, str) else plan
-    try:
-        return generator.complete(*arguments, **options)
-    finally:
-        generator.plan = before
+    plan = parse_plan(plan) if isinstance(plan, str) else plan
+    return generator.using(plan=plan).complete(*arguments, **options)
 
 
 class Oracle:
@@ -78,7 +74,7 @@ class Oracle:
         oracle = self
 
         def drafts(decoding, variables, state, block, scores, first, how):
-            count, V = block.shape[1], decoding.model.g.V
+            count, V = block.shape[1], decoding.forward.model.g.V
             # `first` is to be emitted behind what is accepted: found by looking where the text goes on so.
             accepted = oracle.position(state, first)
             at = accepted[:, None] + jnp.arange(count)
@@ -122,17 +118,14 @@ def test_noise_in_the_adapter_changes_no_token(small, plan):
 )
 def test_every_way_to_draft_is_lossless(small_folder, small, form, one_head, shortlist):
     _, prompts, texts = small
-    generator, _ = equipped(small_folder, sampler=form)
-    generator.one_head, generator.shortlist = one_head, shortlist
+    generator, _ = equipped(small_folder, options=Options(one_head=one_head, shortlist=shortlist), sampler=form)
     done = decoded(generator, "quadratic:2", prompts, NEW, 3)
     assert [d.token_ids for d in done] == texts
 
 
-def test_xla_alone_gives_the_same_tokens(small_folder, small, monkeypatch):
+def test_xla_alone_gives_the_same_tokens(small_folder, small):
     _, prompts, texts = small
-    monkeypatch.setattr(fusion, "native", lambda: False)
-    generator, _ = equipped(small_folder)
-    assert not isinstance(generator.variables["fused"]["layer_0"]["mlp_in"]["kernel"], Panels)
+    generator, _ = equipped(small_folder, xla=True)
     for plan in ("none", "quadratic:2"):
         assert [d.token_ids for d in decoded(generator, plan, prompts, NEW, 3)] == texts
 
@@ -140,7 +133,7 @@ def test_xla_alone_gives_the_same_tokens(small_folder, small, monkeypatch):
 @pytest.mark.parametrize(("V", "count"), [(300, 32), (256, 64), (7, 6)])
 def test_candidates_are_the_likeliest_tokens(V, count):
     scores = np.random.default_rng(0).normal(size=(2, 3, V)).astype(np.float32)
-    found = np.asarray(candidates(jnp.asarray(scores), count))
+    found = np.asarray(XlaForward(None).candidates(jnp.asarray(scores), count))
     for row, ids in zip(scores.reshape(-1, V), found.reshape(-1, count), strict=True):
         assert sorted(ids) == sorted(sorted(range(V), key=row.__getitem__)[-count:])
 
@@ -207,17 +200,20 @@ def test_context_limit_inside_drafts_is_exact(small, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_prefill_leaves_real_rows_bit_identical_whatever_the_adapter_holds(small_folder, dtype):
     generator, _ = equipped(small_folder, dtype, scale=5.0)
-    generator.plan = quadratic(2)
     prompts = np.arange(2, 42, dtype=np.int32).reshape(2, 20)
     limits = Limits(jnp.asarray([40, 30]), jnp.zeros(0, jnp.int32))
-    prefill = jax.jit(generator.decoding().prefill, static_argnums=(4, 5))
+    prefill = jax.jit(Decoding(generator.forward, Options(quadratic(2))).prefill, static_argnums=(4, 5))
+
+    def of_adapter(path):
+        """Whether a variable is the adapter's: masks, sampler, or a LoRA's A or B."""
+        names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+        return names[0] == "mtp" or "loras" in names or (names[0] == "fused" and names[-1] in ("a", "b"))
+
+    found = [path for path, _ in jax.tree.leaves_with_path(generator.variables) if of_adapter(path)]
+    assert len(found) > 2 * generator.g.L
 
     def left(scale):
-        fused = jax.tree.map_with_path(
-            lambda path, x: x if path[2].key in ("kernel", "bias") else x * scale, generator.variables["fused"]
-        )
-        mtp = jax.tree.map(lambda x: x * scale, generator.variables["mtp"])
-        variables = {**generator.variables, "fused": fused, "mtp": mtp}
+        variables = jax.tree.map_with_path(lambda path, x: x * scale if of_adapter(path) else x, generator.variables)
         state = prefill(variables, prompts, jnp.asarray([20, 13]), limits, 48, generator.dtype)
         first = jnp.take_along_axis(state.tokens, jnp.asarray([[20], [13]]), axis=1)
         return jax.device_get((state.cache, first)), np.asarray(state.drafts)
@@ -236,15 +232,15 @@ def test_steps_are_those_of_the_estimate(small_folder, small, masks):
     rows = [p + t + [0] * (width - len(p + t)) for p, t in zip(prompts, texts, strict=True)]
     starts = jnp.asarray([len(p) for p in prompts])
     of = Continuations(jnp.asarray(rows), starts, starts + NEW)
-    scanned = dataclasses.replace(generator.model, scanned=True)
-    frozen = {"params": load_params(small_folder, generator.g, jnp.float32)}
+    scanned = dataclasses.replace(generator.forward.model, scanned=True)
+    frozen = {"params": open_base(str(small_folder)).load(jnp.dtype("float32"))}
     with jax.default_matmul_precision("highest"):
         accepted = Estimator(scanned, generator.shape).accepted(adapter, frozen, of)
-    generator.shortlist = None
-    done = decoded(generator, quadratic(masks), prompts, NEW, 3)
+    done = decoded(generator.using(shortlist=None), quadratic(masks), prompts, NEW, 3)
     assert [d.token_ids for d in done] == texts
     estimate = tokens_per_step(np.asarray(accepted), of, masks)
     assert sum(len(d.token_ids) - 1 for d in done) / sum(d.steps for d in done) == estimate
+    assert module.tokens_per_step(done) == estimate
 
 
 def test_prompts_of_one_bucket_share_a_program(small):
@@ -269,17 +265,18 @@ def test_bfloat16_flips_no_more_than_plain_decoding_itself(small_folder):
 def test_a_plan_may_not_take_more_masks_than_there_are(small, small_folder):
     generator, _, _ = small
     with pytest.raises(UserError, match="plan quadratic:5: takes 5 masks, but the adapter has 4"):
-        generator.plan = quadratic(5)
+        generator.using(plan=quadratic(5))
     with pytest.raises(UserError, match="plan linear:1: takes 1 mask, but there is no adapter"):
-        Generator.load(str(small_folder)).plan = linear(1)
+        mtp_jax.load(str(small_folder), plan=linear(1))
 
 
 def test_an_adapter_folder_decodes(small_folder, small, tmp_path, command):
     generator, prompts, _ = small
-    shape, adapter = noise(generator)
-    base = {"name": "small", "fingerprint": fingerprint(small_folder)}
+    opened = open_base(str(small_folder))
+    shape, adapter = noise(opened)
+    base = {"name": "small", "fingerprint": opened.fingerprint}
     write_adapter(tmp_path / "adapter", generator.g, shape, adapter, base, {}, jnp.dtype("float32"))
-    loaded = Generator.load(str(small_folder), adapter=str(tmp_path / "adapter"), plan=quadratic(4))
+    loaded = mtp_jax.load(str(small_folder), adapter=str(tmp_path / "adapter"), plan=quadratic(4))
     loaded.stops = ()
     ours = decoded(generator, quadratic(4), prompts, NEW, 3)
     theirs = loaded.complete(prompts, NEW, 3)
