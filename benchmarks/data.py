@@ -3,7 +3,7 @@
     python benchmarks/data.py pack --examples 100000 --format parquet
     python benchmarks/data.py wait RUN_FOLDER
 
-`pack` writes a file of examples of mixed length, then tokenises and packs each of them once in a process of its own. It
+`pack` writes a file of documents of mixed length, then tokenises and packs each of them once in a separate process. It
 prints the time, the share of padding and the peak memory. `wait` reads the timing.jsonl of a finished run.
 """
 

@@ -1,14 +1,13 @@
 """Speed of decoding: plain, linear and quadratic plans, the automatic choice, and transformers, in one run.
 
-    python benchmarks/decode.py --model ../shared/models/trio-17m --adapter runs/trio-17m/run \\
-        --prompts ../shared/data/trio_prompts/math.jsonl ../shared/data/trio_prompts/code.jsonl --count 8
+    python benchmarks/decode.py --model MODEL --adapter ADAPTER --prompts math.jsonl code.jsonl --count 8
     ... --batch-size 8                                  the same in batches
     ... --float32-weights                               with weights of four bytes, as a float32 checkpoint has them
     ... --transformers                                  also its greedy and prompt-lookup decoding, batch 1 (torch)
 
-All rows decode the same prompts with the same weights, and take turns: in every round each of them runs once. Shown
-are medians over rounds, also of the ratios within a round. Seconds are those of decoding steps; prefill stands apart.
-Output is compared with plain decoding.
+All decodings take the same prompts and the same weights, and take turns: each runs once per round. The table shows
+medians over rounds, also of the ratios within a round. Seconds are those of decoding steps; prefill is separate.
+Output is compared with that of plain decoding.
 """
 
 import argparse

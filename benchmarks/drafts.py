@@ -1,7 +1,6 @@
 """Tokens per step by decoding and by the estimate of training, with a shortlist and with the whole vocabulary.
 
-    python benchmarks/drafts.py --model ../shared/models/trio-17m --adapter runs/trio-17m/run \\
-        --prompts ../shared/data/trio_prompts/math.jsonl ../shared/data/trio_prompts/code.jsonl --count 16
+    python benchmarks/drafts.py --model MODEL --adapter ADAPTER --prompts math.jsonl code.jsonl --count 16
     python benchmarks/drafts.py --time --vocabulary 131072 --width 4096 --masks 8
 
 The second form measures, with random weights, what choosing the drafts of one block takes; nothing is decoded.

@@ -1,8 +1,8 @@
 """`python benchmarks/export_memory.py [--megabytes N]`: memory that exporting a sharded model takes.
 
-A random checkpoint with a file for each layer is exported in fresh processes: copied beside an adapter, and converted
-to bfloat16 as a run's own model is. Each line gives the highest memory above the process's floor (all imported) and
-the largest file that is written. Ends with exit code 1 where that is more than 1.5 times the file.
+A random checkpoint with one file per layer is exported in fresh processes: copied beside an adapter, and converted to
+bfloat16 like a run's own model. Each line gives the peak memory above the process's floor (everything imported) and the
+largest file written. The exit code is 1 if that memory exceeds 1.5 times the file.
 """
 
 import argparse

@@ -1,14 +1,13 @@
 """An exported folder in transformers: its `generate` against transformers' own greedy decoding, in one run.
 
-    python -m mtp_jax.export --run runs/trio-17m/run --model ../shared/models/trio-17m --out exported
-    python benchmarks/export_speed.py exported --prompts ../shared/data/trio_prompts/math.jsonl \\
-        ../shared/data/trio_prompts/code.jsonl
-    python benchmarks/export_speed.py exported --prompts ../shared/data/trio_prompts/*.jsonl --check
+    python -m mtp_jax.export --adapter ADAPTER --model MODEL --out exported
+    python benchmarks/export_speed.py exported --prompts math.jsonl code.jsonl
+    python benchmarks/export_speed.py exported --prompts *.jsonl --check
 
-Both decode the same prompts with the same weights and take turns, prompt by prompt: speeds are tokens per second of
-wall time, prefill included; the ratio is the median over rounds. --check instead compares, on 80 prompts of all files,
-tokens with those of transformers (a tie is where its two best logits are closer than 1e-4) and steps with those
-of our own decoder with the same plan; exit code 1 where tokens differ for no such reason, or steps by more than 0.1%.
+Both decode the same prompts with the same weights and take turns, prompt by prompt. Speeds are tokens per second of
+wall time, prefill included; the ratio is the median over rounds. --check instead takes 80 prompts of all files and
+compares tokens with those of transformers (a tie is where its two best logits are closer than 1e-4) and steps with
+those of our decoder and the same plan. The exit code is 1 if tokens differ without a tie, or steps by more than 0.1%.
 """
 
 import argparse

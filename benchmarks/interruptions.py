@@ -2,9 +2,9 @@
 
     python benchmarks/interruptions.py --kills 20 --terms 5
 
-Kills strike at random moments, every third as soon as a checkpoint is begun; a run that ends before its turn comes is
-started again in an empty folder. The damage drill then truncates, empties, deletes and changes a file of each kind of
-the newest checkpoint, and of all of them, and resumes. The exit code is 1 where anything differs.
+Kills strike at random moments, every third as soon as a checkpoint is begun; a run that ends before its kill is started
+again in an empty folder. The damage drill then truncates, empties, deletes and changes a file of each kind, in the
+newest checkpoint and in all of them, and resumes. The exit code is 1 if anything differs.
 """
 
 import argparse

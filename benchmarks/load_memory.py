@@ -1,9 +1,9 @@
 """`python benchmarks/load_memory.py [--megabytes N]`: host memory that loading a Hugging Face folder takes.
 
-A random Llama checkpoint of several files is written to a temporary folder, and loaded in fresh processes: on one
-device, and sharded over eight simulated ones (mesh 2, 2, 2). Each line gives the highest resident memory above the
-process's own (jax imported, devices touched) beside what `load_params` promises: 1.3 times the largest stacked weight,
-and the target itself, replicas included. Ends with exit code 1 where a promise is broken.
+A random Llama checkpoint of several files is written to a temporary folder and loaded in fresh processes: on one
+device, and sharded over eight simulated ones (mesh 2, 2, 2). Each line gives the peak resident memory above the
+process's floor (jax imported, devices touched) beside the bound that loading promises: 1.3 times the largest stacked
+weight, plus the target itself, replicas included. The exit code is 1 if the promise is broken.
 """
 
 import argparse

@@ -1,13 +1,12 @@
-"""Whether decoding with drafts gives the tokens of plain decoding, on many prompts, with every kind of plan and batch.
+"""Whether decoding with drafts gives the tokens of plain decoding: many prompts, every kind of plan and batch.
 
-    python benchmarks/lossless.py --model ../shared/models/trio-17m --adapter runs/trio-17m/run \\
-        --prompts ../shared/data/trio_prompts/*.jsonl --spec-bench ../shared/data/spec_bench/question.jsonl
+    python benchmarks/lossless.py --model MODEL --adapter ADAPTER --prompts *.jsonl --spec-bench question.jsonl
     ... --adapter noise                  an adapter of eight masks, full of noise
     ... --dtype bfloat16                 counts flips, beside those of plain decoding between batch sizes
 
-Plain decoding with batch 1 is the reference. Where an output leaves it, the gap between plain decoding's two best
-logits is computed: below 1e-4 it is a tie, and listed; anything else is a fault, and the exit code is 1. Prompts
-are cut to the last tokens that leave room for 160.
+Plain decoding with batch 1 is the reference. Where an output departs from it, the gap between plain decoding's two
+best logits decides: below 1e-4 it is a tie, and listed; anything else is a fault, and the exit code is 1. Prompts are
+cut from the left, so that 160 tokens fit behind them. --spec-bench takes Spec-Bench's file of questions.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """Time of a decoding step against its number of rows, with random weights of any geometry.
 
-    python benchmarks/step_cost.py --config ../shared/models/trio-17m/config.json
+    python benchmarks/step_cost.py --config CONFIG.json
     python benchmarks/step_cost.py --config CONFIG.json --dtype bfloat16 --rank 128 --context 1024
 
-The weights are bfloat16 numbers, as most checkpoints' are. Beside the time of a plain step stands the memory-bandwidth
-bound: the bytes that a step must read (weights, adapter and cache) at the bandwidth that a large sum reaches here.
+CONFIG.json is a model's `config.json`. The weights are bfloat16 numbers, as in most checkpoints. Each time is compared
+with the memory-bandwidth bound: the bytes that a step must read (weights, adapter and cache) at the bandwidth that a
+large sum reaches on this machine.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """Time and memory of a training step: two streams against the literal packing of all rows, in one run.
 
-    python benchmarks/train_step.py                      the comparison, all anchors and T/8 of them
+    python benchmarks/train_step.py                      the comparison, with all anchors and with T/8 of them
     python benchmarks/train_step.py --table              two streams alone, over T and G
 
-Both sides have the same geometry (of trio-17m by default, random weights), remat, losses, chunking and attention
-scores alive at a time, and give the gradient of the adapter. Memory is what the compiler reserves for temporaries.
+Both sides have the same geometry (trio-17m's by default, random weights), remat, losses and chunks, hold as many
+attention scores at a time, and compute the gradient of the adapter. Memory is what the compiler reserves for
+temporaries.
 """
 
 import argparse

@@ -1,10 +1,12 @@
 """Training documents for an adapter of trio-17m, by domain, without those that its test prompts were cut from.
 
-    python benchmarks/trio_data.py --shared ../shared --out runs/trio-17m
-    python -m mtp_jax.regenerate --config benchmarks/trio_17m.yaml model.path=../shared/models/trio-17m
-    python -m mtp_jax.train --config benchmarks/trio_17m.yaml model.path=../shared/models/trio-17m
+    python benchmarks/trio_data.py --shared FOLDER --out runs/trio-17m
+    python -m mtp_jax.regenerate --config benchmarks/trio_17m.yaml model.path=MODEL
+    python -m mtp_jax.train --config benchmarks/trio_17m.yaml model.path=MODEL
 
-Reads gsm8k, gpteacher and tinystories of the shared folder, and the running Python's standard library.
+Reads the running Python's standard library, and below FOLDER/data: `gsm8k/train.jsonl` (`question`, `answer`),
+`gpteacher/*.json` (lists of `instruction`, `input`, `response`), `tinystories/tinystories_2M.txt` (stories separated by
+<|endoftext|>), and the test prompts, `trio_prompts/DOMAIN.jsonl` for math, code, chat and story.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# XLA flags by name, for one's own shell or with --preset of the other scripts. None is set unless asked for: XLA's
-# defaults change with every release, and a preset that helped one may slow the next. Measure before and after.
+# XLA flags by name, for your own shell or for --preset of the other scripts. None is set unless you ask for it: XLA's
+# defaults change with every release, and a preset that helped one may slow down the next. Measure before and after.
 #
-#   . launch/env.sh NAME       export the preset's variable into this shell, behind what it holds already
-#   launch/env.sh --list       names, what each is for and on which version it was checked
+#   . launch/env.sh NAME       append the preset to its variable in this shell, and export it
+#   launch/env.sh --list       what each preset is for, and on which version it was checked
 #   launch/env.sh --dry-run NAME
 #
-# "Checked" means: the compiler of that version takes every flag (tests/launch/test_presets.py), not that it is faster.
+# "Checked" means that the compiler of that version accepts every flag (tests/launch/test_presets.py), not that it is faster.
 
 # preset | variable | checked on | flags | what for
 _mtp_jax_presets() {
@@ -18,7 +18,7 @@ gpu-overlap|XLA_FLAGS|jax 0.10.2|--xla_gpu_enable_latency_hiding_scheduler=true|
 TABLE
 }
 
-_mtp_jax_preset() { # name, whether to print instead
+_mtp_jax_preset() { # name; print: only print it
   local name variable checked flags purpose
   while IFS='|' read -r name variable checked flags purpose; do
     if [[ $1 == --list ]]; then

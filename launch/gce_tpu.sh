@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A TPU slice by Compute Engine, for v5p and later: a workload policy (the slice's shape), an instance template and a managed
+# A TPU slice through Compute Engine, for v5p and later: a workload policy (the slice's shape), an instance template and a managed
 # instance group of as many machines as the slice has hosts. The verbs are those of tpu_vm.sh.
 #
 #   gce_tpu.sh create --name N --accelerator-type v5p-32 [--spot | --reservation R] [--config FILE override...]
@@ -10,13 +10,13 @@
 #   gce_tpu.sh delete --name N
 #
 # Types: v5p-N and tpu7x-N (N counts cores, two to a chip), v6e-N (N counts chips).
-# --machine-type M, --image-family F  instead of the defaults; tpu7x has no default image: name the one of your project's
-#                    list (gcloud compute images list --project=ubuntu-os-accelerator-images --filter=family~tpu)
-# --explicit         tell every process the coordinator and its number, for images where JAX does not find them out
+# --machine-type M, --image-family F  instead of the defaults; tpu7x has no default image: choose one of this list
+#                    (gcloud compute images list --project=ubuntu-os-accelerator-images --filter=family~tpu)
+# --explicit         tell every process the coordinator and its number, for images where JAX does not detect them
 # --service-account A, --network N, --zone Z, --project P, --preset P, --force, --dry-run: as for tpu_vm.sh.
 #
-# The group does not repair its machines: training on a slice that lost one cannot go on, and would start half. After a
-# preemption: delete, create, setup, train with the same --run, which resumes.
+# The group does not replace a lost machine, because training cannot continue on part of a slice. After a preemption: delete,
+# create, setup, and train with the same --run, which resumes.
 
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -64,7 +64,7 @@ check_accelerator() { # sets TOPOLOGY, SIZE, MACHINE and FAMILY
 
 group() { call "$1" gcloud compute instance-groups managed "$2" "$opt_name" "${PLACE[@]}" "${@:3}"; }
 
-# Three things by the script's name; each is mentioned from the moment on that it may be there.
+# Three resources of the slice's name; each is mentioned as soon as it may exist.
 mention_template() { exists "instance template $opt_name" "gcloud compute instance-templates delete $opt_name --project=$PROJECT --quiet"; }
 mention_policy() { exists "workload policy $opt_name" "gcloud compute resource-policies delete $opt_name --region=$REGION --project=$PROJECT --quiet"; }
 mention_group() { exists "TPU slice $opt_name in $ZONE" "gcloud compute instance-groups managed delete $opt_name ${PLACE[*]} --quiet"; }
@@ -113,17 +113,17 @@ create() {
   step "instance group" "${words[@]}" --quiet
   group 1800 wait-until --stable --timeout=1700 || fail "the machines of $opt_name did not start: $(explain "$ERR")"
   CREATING=false
-  [[ $opt_dry_run == true ]] || say "$opt_name is there with $SIZE machines; it costs money until: $(quoted "$0" delete --name "$opt_name" "${PLACE[@]}")"
+  [[ $opt_dry_run == true ]] || say "$opt_name is up with $SIZE machines; it costs money until you run: $(quoted "$0" delete --name "$opt_name" "${PLACE[@]}")"
 }
 
-delete() { # group first: it holds the others
+delete() { # the group first: it uses the others
   local i kept=()
   mention_group
   mention_policy
   mention_template
   CREATING=true
   for ((i = 0; i < ${#EXISTING[@]}; i += 2)); do
-    # shellcheck disable=SC2086 # words of our own, without blanks
+    # shellcheck disable=SC2086 # our own words, without blanks
     if call 900 ${EXISTING[i + 1]}; then
       [[ $opt_dry_run == true ]] || say "deleted: ${EXISTING[i]}"
     elif [[ $(kind_of_error "$ERR") != absent ]]; then

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What scripts that call gcloud share: project and zone, and what its errors mean.
+# Shared by the scripts that call gcloud: project and zone, and what its errors mean.
 
 # shellcheck disable=SC2154 # declared by the scripts that source this file
 find_place() { # sets PROJECT and ZONE from options, environment or gcloud's configuration
@@ -31,20 +31,20 @@ kind_of_error() { # its stderr
   esac
 }
 
-explain() { # its stderr: one line that says what to run
+explain() { # its stderr; prints one line that says what to run
   local last=${1##*$'\n'}
   case $(kind_of_error "$1") in
     login) echo "gcloud is not logged in; run: gcloud auth login" ;;
     permission) echo "no permission in project $PROJECT: ask its owner for the roles that launch/README.md names ($last)" ;;
-    quota) echo "the quota of project $PROJECT does not do in $ZONE: ask for more at https://console.cloud.google.com/iam-admin/quotas?project=$PROJECT, or try --spot, another zone or a smaller slice ($last)" ;;
+    quota) echo "the quota of project $PROJECT is too small in $ZONE: ask for more at https://console.cloud.google.com/iam-admin/quotas?project=$PROJECT, or try --spot, another zone or a smaller slice ($last)" ;;
     capacity) echo "$ZONE has no capacity now: try later, another zone, or --queued, which waits for it ($last)" ;;
     invalid) echo "gcloud refuses this: $last; see what a zone has with: gcloud compute tpus accelerator-types list $(quoted "${PLACE[@]}")" ;;
-    absent) echo "it is not there ($last)" ;;
+    absent) echo "it does not exist ($last)" ;;
     *) echo "${last:-gcloud gave no reason}" ;;
   esac
 }
 
-check_bucket() { # folder: whether a bucket can be read and written, before anything costs money
+check_bucket() { # folder: refuses a bucket that cannot be used, before anything costs money
   [[ $1 == gs://* ]] || return 0
   call 60 gcloud storage buckets describe "$(bucket_of "$1")" --format="value(name)" ||
     die "the bucket of $1 cannot be used by this account ($(explain "$ERR")); for a new one run: gcloud storage buckets create $(bucket_of "$1") --location=$REGION --project=$PROJECT"

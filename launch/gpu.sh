@@ -6,9 +6,9 @@
 #   gpu.sh logs | status | stop  --hosts me@a,me@b --run R
 #   gpu.sh fetch  --hosts me@a,me@b --run R --store S [--to FOLDER]
 #
-# One process per machine, over all of its GPUs; the first machine coordinates, on --port 8476, which the others have to
-# reach. It is also the name that they know it by. The same train command resumes a run that ended. It creates no machine,
-# so there is nothing to delete; what runs is ended by stop.
+# One process per machine, over all of its GPUs. The first machine coordinates: the others must reach it by the name given
+# here, on --port 8476. The same train command resumes a run that has ended. The script creates no machine, so there is
+# nothing to delete; stop ends a run.
 # --preset P, --lines N, --grace SECONDS, --dry-run: as for tpu_vm.sh.
 
 set -euo pipefail
@@ -39,7 +39,7 @@ check_whole port "$opt_port"
 need hosts
 IFS=, read -r -a HOSTS <<<"$opt_hosts"
 for host in "${HOSTS[@]}"; do
-  # One that begins with a hyphen would be an option of ssh.
+  # A name that begins with a hyphen would be an option of ssh.
   [[ $host =~ ^[A-Za-z0-9_][A-Za-z0-9_.@-]*$ ]] || die "--hosts $opt_hosts: should be names like me@host1,me@host2."
 done
 

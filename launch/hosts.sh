@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# The functions that pod.sh wants, for machines that are reached one by one, all at the same time. A script that sources this
-# file sets HOSTS and defines remote, remote_copy and remote_back, which set REMOTE_WORDS to the command for one machine.
+# The functions that pod.sh needs, for machines that have one connection each, all used at the same time. A script that sources
+# this file sets HOSTS and defines remote, remote_copy and remote_back, which set REMOTE_WORDS to the command for one machine.
 # shellcheck disable=SC2154
 
-# Runs the command that a function makes for each machine; output comes in the order of the machines.
+# Runs the command that a function makes for each machine; prints the output in the order of the machines.
 on_each() { # seconds, function, argument...
   local seconds=$1 make=$2 host i status=0 started=$SECONDS pids=()
   shift 2
@@ -38,7 +38,7 @@ on_each() { # seconds, function, argument...
 
 plain_command() { remote "$1" "$2"; }
 
-# JAX finds out coordinator and number of processes where a scheduler or the TPU's metadata say them, and not elsewhere.
+# JAX detects the coordinator and the number of processes only from a scheduler or the TPU's metadata.
 numbered_command() { # host command
   local i
   for ((i = 0; i < ${#HOSTS[@]}; i++)); do

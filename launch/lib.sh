@@ -1,25 +1,25 @@
 # shellcheck shell=bash
-# What the launch scripts share: options, messages, calls with a time limit, and what to say when one is interrupted.
+# Shared by the launch scripts: options, messages, calls with a time limit, and what an interrupted script reports.
 # Kept to bash 3.2, which macOS ships: no associative arrays, no mapfile, and "${a[@]+"${a[@]}"}" for arrays that may be empty.
 
 # shellcheck disable=SC2034 # the scripts that source this file use them
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-TICK=${MTP_JAX_TICK:-0.2} # seconds between looks at a call that is under way
+TICK=${MTP_JAX_TICK:-0.2} # seconds between checks of a call that is under way
 opt_dry_run=false opt_help=false
 ARGS=() OUT='' ERR='' CHILD='' CATCH='' SCRATCH='' SIGNALLED=false CREATING=false
-EXISTING=() # by turns: what there is, and the command that deletes it
+EXISTING=() # in pairs: what exists, and the command that deletes it
 
 say() { printf '%s\n' "$*" >&2; }
 
-# The user can mend it (2), or the cloud said no (1).
+# Exit code 2: the user can fix it. 1: the cloud refused.
 die() { printf 'error: %s\n' "$*" >&2; exit 2; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 # The comment at the head of a script is its help.
 usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; }
 
-# Reads options into the opt_ variables that a script declares, and all else into ARGS. One that is declared as true or
-# false takes no value.
+# Reads options into the opt_ variables that a script declares, and all else into ARGS. An option declared as true or false
+# takes no value.
 parse() {
   local name var
   while (($#)); do
@@ -46,7 +46,7 @@ parse() {
   done
 }
 
-need() { # option...: those that must have been given
+need() { # option...: each must have been given
   local name var
   for name; do
     var=opt_${name//-/_}
@@ -60,11 +60,11 @@ check_name() { # option value
     die "--$1 $2: should be 1 to 40 lower-case letters, digits and hyphens, beginning with a letter."
 }
 
-check_whole() { # option value: a number of seconds or of times
+check_whole() { # option value: a number of seconds or attempts
   [[ $2 =~ ^[0-9]{1,7}$ ]] || die "--$1 $2: should be a whole number."
 }
 
-# Words as one line that a shell reads back.
+# Words as one line that a shell reads back unchanged.
 quoted() {
   local word line='' option plain='^[A-Za-z0-9_./:=,@%+~-]+$'
   for word; do
@@ -81,12 +81,12 @@ quoted() {
 
 scratch() { [[ -n $SCRATCH ]] || SCRATCH=$(mktemp -d); }
 
-# Runs a command for at most so many seconds; 124 if it took longer. In the background, because bash delivers a signal at
-# once to a script that looks again and again, and only afterwards to one that waits in the foreground.
+# Runs a command for at most this many seconds; returns 124 if it took longer. It runs in the background and is polled:
+# between polls bash handles a signal at once, but during a foreground command only after that has ended.
 limited() { # seconds command...
   local seconds=$1 started=$SECONDS status=0
   shift
-  # Only the command's own output is caught: what a trap has to say while it runs is for the user.
+  # Only the command's own output is captured; what a trap prints meanwhile is for the user.
   if [[ -n $CATCH ]]; then
     "$@" </dev/null >"$CATCH/out" 2>"$CATCH/err" &
   else
@@ -118,7 +118,7 @@ run() { # seconds command...
   fi
 }
 
-# Runs a command and keeps its output in OUT and ERR; with --dry-run it is printed and gives nothing.
+# Runs a command and keeps its output in OUT and ERR; with --dry-run, prints it and keeps nothing.
 call() { # seconds command...
   local status=0
   OUT='' ERR=''
@@ -135,13 +135,13 @@ call() { # seconds command...
   return "$status"
 }
 
-exists() { EXISTING+=("$1" "$2"); } # something that costs money while it is there: what, how to delete it
+exists() { EXISTING+=("$1" "$2"); } # something that costs money while it exists: what, how to delete it
 
 on_signal() { # exit code
   trap '' INT TERM HUP
   SIGNALLED=true
   local child
-  # Bash starts them deaf to Ctrl-C.
+  # Bash starts background jobs with Ctrl-C ignored.
   for child in $(jobs -p); do kill -TERM "$child" 2>/dev/null || true; done
   exit "$1"
 }
@@ -171,10 +171,10 @@ need_program() { # program, how to get it
 # ---- git
 
 # Sets COMMIT and REMOTE, and refuses what workers could not check out.
-find_commit() { # whether the commit is uploaded, so that nobody has to have pushed it
+find_commit() { # true if the commit is uploaded and need not be pushed
   local upload=$1 dirty branch
   need_program git "https://git-scm.com/downloads"
-  git -C "$ROOT" rev-parse --git-dir >/dev/null 2>&1 || die "$ROOT is no git repository: setup installs a commit of one."
+  git -C "$ROOT" rev-parse --git-dir >/dev/null 2>&1 || die "$ROOT is not a git repository, and setup installs a commit."
   dirty=$(git -C "$ROOT" status --porcelain | head -n 1)
   [[ -z $dirty ]] || die "there are uncommitted changes (${dirty:3}); run: git commit --all, or: git stash"
   COMMIT=$(git -C "$ROOT" rev-parse HEAD)
@@ -185,7 +185,7 @@ find_commit() { # whether the commit is uploaded, so that nobody has to have pus
     branch=$(git -C "$ROOT" symbolic-ref --quiet --short HEAD || echo HEAD)
     die "commit ${COMMIT:0:12} is not pushed; run: git push origin $branch, or add --upload"
   fi
-  # Workers have no key of yours. Where the repository is not public, --upload sends the commit.
+  # Workers do not have your SSH key. If the repository is not public, --upload sends the commit.
   if [[ $REMOTE =~ ^(ssh://)?git@([^:/]+)[:/](.+)$ ]]; then REMOTE=https://${BASH_REMATCH[2]}/${BASH_REMATCH[3]}; fi
   [[ ! $REMOTE =~ ://[^/]*@ ]] || die "the URL of 'origin' holds a password or token, which would show on command lines; add --upload"
 }
@@ -206,7 +206,7 @@ preflight() { # topology config override...
   shift
   if [[ ${opt_force:-false} == true ]]; then return 0; fi
   if [[ ! -f $ROOT/mtp_jax/preflight.py ]]; then
-    say "note: there is no mtp_jax.preflight here, so it is not checked whether the run fits $topology."
+    say "note: mtp_jax.preflight is not here, so it is not checked whether the run fits $topology."
     return 0
   fi
   case $topology in
@@ -223,13 +223,13 @@ preflight() { # topology config override...
   [[ -z $OUT ]] || say "$OUT"
   case $status in
     0) ;;
-    1) # also what Python ends with where the package is not installed
+    1) # Python also ends with 1 if the package is not installed
       if [[ $ERR == *Traceback* || $ERR == *"No module named"* ]]; then
         die "preflight cannot run here (${ERR##*$'\n'}); run: make $ROOT/.venv/.test, or: pip install '.[preflight]', or add --force"
       fi
       [[ -z $ERR ]] || say "$ERR"
-      die "the run does not fit $topology; nothing was created or started. Add --force to go on all the same."
+      die "the run does not fit $topology; nothing was created or started. Add --force to go on anyway."
       ;;
-    *) [[ -z $ERR ]] || say "$ERR"; die "preflight refused the run (exit code $status); nothing was created or started. Add --force to go on all the same." ;;
+    *) [[ -z $ERR ]] || say "$ERR"; die "preflight refused the run (exit code $status); nothing was created or started. Add --force to go on anyway." ;;
   esac
 }

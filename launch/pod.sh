@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# Verbs that are alike wherever there are machines to reach: setup, train, logs, status, fetch, stop.
+# Verbs that are the same wherever machines can be reached: setup, train, logs, status, fetch, stop.
 # A script that sources this file defines
 #   on_workers SECONDS COMMAND    run a shell command on all machines, with its output
-#   ask_workers SECONDS COMMAND   the same, the output in OUT
+#   ask_workers SECONDS COMMAND   the same, with the output in OUT
 #   send FILE NAME                copy a file into the home folder of all machines
 #   copy_back NAME FOLDER         copy a folder from the first machine's home folder
 # and declares opt_run, opt_store, opt_config, opt_preset, opt_extras, opt_upload, opt_secrets, opt_lines, opt_grace, opt_to.
 
 # shellcheck disable=SC2154 # declared there
-BACKOFF=${MTP_JAX_BACKOFF:-15} # seconds before a second try; each further one waits twice as long
+BACKOFF=${MTP_JAX_BACKOFF:-15} # seconds before the second attempt; each further one waits twice as long
 
 nap() { # seconds; unlike sleep it ends at once when the script is signalled
   sleep "$1" &
@@ -17,13 +17,13 @@ nap() { # seconds; unlike sleep it ends at once when the script is signalled
   CHILD=''
 }
 
-backoff() { # how many tries failed
+backoff() { # how many attempts failed
   local seconds=$BACKOFF i
   for ((i = 1; i < $1 && seconds < 600; i++)); do seconds=$((seconds * 2)); done
   nap "$((seconds < 600 ? seconds : 600))"
 }
 
-# What setup runs before there is anything of this repository on a machine.
+# What setup runs while a machine has nothing of this repository yet.
 bootstrap() {
   local busy="for lock in ~/mtp_jax_runs/*/lock; do [ ! -e \"\$lock\" ] || flock --nonblock \"\$lock\" true || { echo \"error: a run is under way here (\$lock); stop it first\" >&2; exit 1; }; done"
   local fetch
@@ -54,7 +54,8 @@ check_secrets() {
   [[ -z $opt_secrets || -r $opt_secrets ]] || die "--secrets $opt_secrets: there is no such file; it should hold lines like HF_TOKEN=..."
 }
 
-# What a run computes with: its folder and its compiled programs lie in the store under names that never change.
+# Sets TRAIN, the arguments of mtp_jax.train. The run's folder and its compiled programs have fixed names in the store, so
+# that the same command resumes it.
 arguments() {
   TRAIN=(--config "$opt_config" "output_dir=${opt_store%/}/$opt_run" "compilation_cache=${opt_store%/}/compiled" ${ARGS[@]+"${ARGS[@]}"})
 }
@@ -89,7 +90,7 @@ fetch_results() {
 
 setup_with_retries() {
   local tries=0
-  # The first connections to a new machine often fail, while keys are handed out.
+  # The first connections to a new machine often fail, while its keys are distributed.
   until setup_workers; do
     tries=$((tries + 1))
     ((tries < 4)) || fail "setup failed $tries times; see above."
@@ -98,11 +99,11 @@ setup_with_retries() {
   done
 }
 
-pod_verb() { # verb, after its place was found; topology must be set for train
+pod_verb() { # verb; the machines must be known
   case $1 in
     setup) setup_with_retries ;;
     train)
-      start_workers || fail "training was not started on all machines; see above, and with: $0 status"
+      start_workers || fail "training did not start on all machines; see above, and run: $0 status"
       say "watch it with: $0 logs, $0 status"
       ;;
     logs) on_workers 120 "$(worker logs "$opt_run" "$opt_lines")" ;;

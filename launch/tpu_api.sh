@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# TPU VMs by the Cloud TPU API, which tpu_vm.sh and tpu_babysit.sh share.
+# TPU VMs through the Cloud TPU API; shared by tpu_vm.sh and tpu_babysit.sh.
 
 # shellcheck disable=SC2154,SC2034 # declared by the scripts that source this file, and used there
-OWNER_LABEL=mtp_jax_babysit # holds the run that a slice was created for by tpu_babysit.sh, which deletes no other
+OWNER_LABEL=mtp_jax_babysit # names the run that tpu_babysit.sh created a slice for; it deletes no other slice
 
 delete_words() { # the command that deletes the slice
   if [[ $opt_queued == true ]]; then
@@ -12,7 +12,7 @@ delete_words() { # the command that deletes the slice
   fi
 }
 
-mention() { # from here on an interruption says that the slice may be there
+mention() { # from here on an interruption reports that the slice may exist
   delete_words
   exists "TPU slice $opt_name in $ZONE" "$(quoted "${DELETE[@]}")"
 }
@@ -41,7 +41,7 @@ describe_queued() {
   QUEUE_STATE=${QUEUE_STATE:-unknown}
 }
 
-# Asks for the slice; its name is not to be taken. Returns gcloud's code, its words in ERR.
+# Requests the slice, whose name must be free. Returns gcloud's exit code, with its message in ERR.
 create_slice() { # label or nothing
   local words=()
   if [[ $opt_queued == true ]]; then

@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
-# Trains to the end on a TPU slice that may be taken away at any time: creates it, installs, starts, watches, and creates it
-# anew when it was preempted. The run keeps its name, so that it resumes from its last checkpoint. Ends by itself.
+# Trains to the end on a TPU slice that may be preempted at any time: creates the slice, installs, starts training and watches
+# it, and creates the slice again after a preemption. The run keeps its name, so it resumes from its last checkpoint. The script
+# ends by itself.
 #
 #   tpu_babysit.sh --name N --accelerator-type v5litepod-16 --run R --store gs://BUCKET/FOLDER --config FILE [override...]
 #
 # --spot, --reserved, --queued, --zone, --project, --runtime-version, --network, --service-account, --preset, --upload,
 # --secrets, --force, --dry-run: as for tpu_vm.sh.
-# --poll 60              seconds between two looks
+# --poll 60              seconds between two checks
 # --recreations 50       how often the slice may be created
-# --failures 8           how many creations may fail in a row; each waits twice as long as the one before
+# --failures 8           how many creations may fail in a row; the wait doubles each time
 # --crashes 3            how often training may end with an error that is not a preemption
-# --unreachable 5        after how many vain connections in a row a slice is given up
-# --create-timeout 1800  seconds for one creation, --queue-timeout 86400 for waiting in the queue
+# --unreachable 5        how many connections may fail in a row before the slice is given up
+# --create-timeout 1800  seconds for one creation; --queue-timeout 86400: for waiting in the queue
 # --deadline 1209600     seconds for everything
-# --keep                 leave the slice when training is done
+# --keep                 keep the slice when training is done
 #
-# It deletes only slices with its own label (mtp_jax_babysit=R). One that you created is used, but never deleted. Interrupt it
-# at will: training goes on, and the same command watches again. Exit code 0: done; 1: given up; 2: wrong input.
+# It deletes only slices with its own label (mtp_jax_babysit=R): it uses a slice that you created, but never deletes it. You may
+# interrupt it at any time: training goes on, and the same command watches it again. Exit code 0: done; 1: given up; 2: wrong
+# input.
 
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -44,14 +46,14 @@ made=0 failures=0 crashes=0 restarts=0 unreachable=0 pending=$SECONDS
 
 note() { say "$(date +%H:%M:%S) $*"; }
 
-give_up() { # why; what exists is mentioned on the way out
+give_up() { # why; the exit trap mentions what exists
   look
   if [[ $PHASE == absent ]]; then EXISTING=(); fi
   CREATING=true
   fail "$*"
 }
 
-# Sets PHASE: absent, waiting, ready, lost (preempted, say) or unknown; and WHOSE, the run whose label the slice bears.
+# Sets PHASE: absent, waiting, ready, lost (for instance preempted) or unknown; and WHOSE, the run in the slice's label.
 look() {
   local state
   if [[ $opt_queued == true ]]; then
@@ -65,7 +67,7 @@ look() {
       *) PHASE=waiting SEEN=$state && return ;;
     esac
     describe_tpu
-    if [[ $STATE == absent ]]; then STATE=PREEMPTED; fi # the request is left, the machines are gone
+    if [[ $STATE == absent ]]; then STATE=PREEMPTED; fi # the request remains, the machines are gone
   else
     describe_tpu
     WHOSE=$OWNER
@@ -84,7 +86,7 @@ create_again() {
   local limit=$opt_recreations
   ((made < limit)) || give_up "the slice was created $made times (--recreations); given up."
   made=$((made + 1)) pending=$SECONDS
-  note "creating $opt_name ($opt_accelerator_type), time $made of at most $limit"
+  note "creating $opt_name ($opt_accelerator_type), attempt $made of at most $limit"
   EXISTING=()
   mention
   if create_slice "$opt_run"; then
@@ -101,7 +103,7 @@ create_again() {
 }
 
 delete_own() { # why
-  # Looked at once more right before: what bears no label of this run is not ours.
+  # Checked again right before the deletion: a slice without this run's label is not ours.
   look
   [[ $PHASE != absent ]] || return 0
   [[ $WHOSE == "$opt_run" ]] ||
@@ -122,12 +124,12 @@ crashed() { # why
   if ((crashes >= opt_crashes)); then
     on_workers 120 "$(worker logs "$opt_run" "$opt_lines")" || true
     if [[ $opt_keep == false && $WHOSE == "$opt_run" ]]; then delete_own "given up"; fi
-    give_up "run $opt_run failed $crashes times (--crashes); its end is above."
+    give_up "run $opt_run failed $crashes times (--crashes); its last lines are above."
   fi
   backoff "$crashes"
 }
 
-# Asks the workers how the run is; returns 0 when it is done.
+# Asks the workers for the state of the run; returns 0 when it is done.
 watch_run() {
   local total running done_ok wrong codes asked=0
   ask_workers 120 "$(worker status "$opt_run") 2>/dev/null || echo mtp_jax-status state=absent" || asked=$?
@@ -148,7 +150,7 @@ watch_run() {
   if ((wrong)); then
     on_workers 120 "$(worker logs "$opt_run" "$opt_lines")" || true
     if [[ $opt_keep == false && $WHOSE == "$opt_run" ]]; then delete_own "wrong input"; fi
-    give_up "run $opt_run ended with exit code 2, wrong input: see the lines above; no repetition would help."
+    give_up "run $opt_run ended with exit code 2, wrong input: see the lines above; starting it again would not help."
   fi
   if ((done_ok == total)); then return 0; fi
   if (($(count ' state=absent') == total)); then
@@ -156,11 +158,11 @@ watch_run() {
   elif ((running == total || (running > 0 && running + done_ok == total))); then
     note "run $opt_run is under way on $running of $total workers"
   else
-    # Others would wait for the one that ended; none of them goes on without it.
+    # The others would wait for the worker that ended; none can go on without it.
     on_workers $((opt_grace + 60)) "$(worker stop "$opt_run" "$opt_grace")" || true
     restarts=$((restarts + 1))
     ((restarts <= opt_recreations)) || give_up "run $opt_run was restarted $restarts times; given up."
-    # 143: it was asked to end; 75: one of its processes has gone.
+    # 143: it was asked to end; 75: one of its processes was lost.
     if (($(count ' code=143$') + $(count ' code=75$') + $(count ' state=lost') + done_ok + running == total)); then
       start_over "run $opt_run was interrupted ($codes); resuming"
     else
@@ -219,7 +221,7 @@ while :; do
       case $(kind_of_error "$ERR") in
         login | permission | invalid) give_up "$(explain "$ERR")" ;;
       esac
-      ((unreachable < opt_unreachable)) || give_up "$unreachable looks in a row failed; given up."
+      ((unreachable < opt_unreachable)) || give_up "$unreachable checks in a row failed; given up."
       ;;
     ready)
       pending=$SECONDS
@@ -235,6 +237,6 @@ if [[ $opt_keep == false ]]; then
     look
     [[ $PHASE == absent ]] || { CREATING=true; fail "training is done, but $opt_name is still there ($SEEN)."; }
   else
-    say "$opt_name was not created by this script and is left alone; it costs money until: $(delete_words; quoted "${DELETE[@]}")"
+    say "$opt_name was not created by this script and is left alone; it costs money until you run: $(delete_words; quoted "${DELETE[@]}")"
   fi
 fi

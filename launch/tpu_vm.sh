@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A TPU slice by the Cloud TPU API (v2 to v6e; v5p and later also by gce_tpu.sh): from nothing to results, and away again.
+# A TPU slice through the Cloud TPU API (v2 to v6e; v5p and later also through gce_tpu.sh): create it, train on it, fetch the
+# results, delete it.
 #
 #   tpu_vm.sh create --name N --accelerator-type v5litepod-16 [--spot | --reserved] [--queued] [--config FILE override...]
 #   tpu_vm.sh setup  --name N [--upload] [--secrets FILE]
@@ -10,14 +11,14 @@
 #   tpu_vm.sh stop   --name N --run R [--grace 300]
 #   tpu_vm.sh delete --name N [--queued]
 #
-# create   a slice; --queued files a request that waits for capacity. With --config it is first checked that the run fits.
+# create   creates a slice, or with --queued a request that waits for capacity. With --config it first checks that the run fits.
 # setup    installs the commit that is checked out here on all workers: cloned from 'origin', or sent with --upload.
-#          --secrets sends a file of lines like HF_TOKEN=... that runs have in their environment.
-# train    starts mtp_jax.train on all workers, in the background; the same command resumes the run after it ended.
+#          --secrets sends a file of lines like HF_TOKEN=..., which become environment variables of runs.
+# train    starts mtp_jax.train on all workers, in the background; the same command resumes a run that has ended.
 #          The run's folder is STORE/R. --preset names XLA flags of env.sh.
-# stop     ends the run on all workers, with a checkpoint. The slice stays, and costs: see delete.
+# stop     ends the run on all workers, with a checkpoint. The slice stays and costs money: see delete.
 #
-# Everywhere: --zone Z, --project P (else gcloud's own settings), --dry-run (prints the commands instead), --force (do not
+# Everywhere: --zone Z, --project P (else gcloud's own settings), --dry-run (only prints the commands), --force (does not
 # check that the run fits), --runtime-version V, --network N, --service-account A, --create-timeout SECONDS.
 
 set -euo pipefail
@@ -71,17 +72,17 @@ create() {
     fail "$opt_name was not created: $(explain "$reason")"
   fi
   CREATING=false
-  [[ $opt_dry_run == true ]] || say "$opt_name is there (or queued); from now on it costs money until: $(quoted "$0" delete --name "$opt_name" "${PLACE[@]}")"
+  [[ $opt_dry_run == true ]] || say "$opt_name exists (or is queued); it costs money until you run: $(quoted "$0" delete --name "$opt_name" "${PLACE[@]}")"
 }
 
 delete() {
   find_place
-  if [[ $opt_queued == false ]]; then # a slice that came from the queue goes only with its request
+  if [[ $opt_queued == false ]]; then # a slice that came from the queue is deleted with its request
     describe_queued
     if [[ $opt_dry_run == false && $QUEUE_STATE != absent && $QUEUE_STATE != unknown ]]; then opt_queued=true; fi
   fi
   mention
-  CREATING=true # a deletion that fails leaves something too
+  CREATING=true # a failed deletion leaves something too
   run 900 "${DELETE[@]}" || fail "$opt_name was not deleted; see above."
 }
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What the other scripts run on each machine that trains; it lies in the commit that `setup` installs there.
+# What the other scripts run on each machine that trains; it comes with the commit that `setup` installs there.
 #
 #   worker.sh install EXTRAS               Python 3.12 and this package with these extras, in ~/mtp_jax_venv
-#   worker.sh train RUN PRESET ARGUMENT... start mtp_jax.train in the background, unless the run is under way
+#   worker.sh train RUN PRESET ARGUMENT... start mtp_jax.train in the background, unless the run is already under way
 #   worker.sh status RUN                   one line: running, exited and its code, lost (no code), or absent
-#   worker.sh logs RUN LINES               the end of what the run printed
-#   worker.sh stop RUN SECONDS             end the run; it saves a checkpoint first, for which it has so many seconds
+#   worker.sh logs RUN LINES               the last lines that the run printed
+#   worker.sh stop RUN SECONDS             end the run; it has this many seconds to save a checkpoint
 #
-# --dry-run before the verb prints what would be run. ~/mtp_jax_runs/RUN holds log, lock, pid and exit code of a run.
+# --dry-run before the verb prints what it would run. ~/mtp_jax_runs/RUN holds the log, lock, pid and exit code of a run.
 
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -29,12 +29,12 @@ if [[ $verb != install ]]; then
   shift
 fi
 
-# A run holds a lock as long as it lives, which no crash can leave behind.
+# A run holds a lock while it lives; no crash leaves it locked.
 running() { [[ -e $STATE/lock ]] && ! flock --nonblock "$STATE/lock" true; }
 
 install_package() { # extras
   local extras=$1 uv=$HOME/.local/bin/uv
-  # The system's Python of most TPU images is older than this package wants, so uv brings one.
+  # The system Python of most TPU images is too old for this package, so uv brings one.
   if [[ ! -x $uv ]]; then uv=$(command -v uv || true); fi
   if [[ -z $uv ]]; then
     run 600 python3 -m pip install --user --quiet uv
@@ -55,7 +55,7 @@ start_training() { # preset argument...
   mkdir -p "$STATE"
   exec 9>"$STATE/lock"
   if ! flock --nonblock 9; then
-    say "run $name is under way already."
+    say "run $name is already under way."
     return
   fi
   rm -f "$STATE/exit" "$STATE/pid"
@@ -68,8 +68,8 @@ start_training() { # preset argument...
     . "$HOME/.config/mtp_jax/secrets"
     set +a
   fi
-  # Detached from the connection that started it. A shutdown signals the shell around it too, which must outlive it to
-  # note its exit code; a signal passed on would be the second one, at which a run ends without a checkpoint.
+  # Detached from the connection that started it. A shutdown also signals the shell around it, which must outlive it to
+  # record its exit code. The shell does not pass the signal on: a second one ends a run without a checkpoint.
   # shellcheck disable=SC2016
   nohup setsid bash -c '
     trap : TERM INT

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs on a GKE cluster by xpk (pip install xpk), also over several slices. The cluster is yours: this script makes no cluster
-# and deletes none; `xpk cluster create --help` does.
+# Runs on a GKE cluster through xpk (pip install xpk), over one slice or several. The script neither creates nor deletes a
+# cluster; see `xpk cluster create --help`.
 #
 #   xpk.sh image  --image us-docker.pkg.dev/P/REPO/mtp_jax       build and push the checked-out commit, tagged with it
 #   xpk.sh train  --cluster C --tpu-type v5litepod-16 [--slices 2] --image I --run R --store gs://BUCKET/FOLDER --config FILE
@@ -10,9 +10,9 @@
 #   xpk.sh fetch  --run R --store gs://BUCKET/FOLDER [--to FOLDER]
 #   xpk.sh stop | delete  --cluster C --run R
 #
-# A run is a workload of its name. It restarts by itself when a slice is lost, and resumes; the same train command after a
-# delete resumes it too. stop is delete: the pods get SIGTERM and two minutes for a checkpoint.
-# --zone Z, --project P, --force (do not check that it fits), --dry-run: as for tpu_vm.sh.
+# A run is a workload of the same name. When a slice is lost, the run restarts and resumes by itself; after a delete, the same
+# train command resumes it. stop is delete: the pods get SIGTERM and two minutes for a checkpoint.
+# --zone Z, --project P, --force (does not check that it fits), --dry-run: as for tpu_vm.sh.
 
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -48,7 +48,7 @@ place() {
 image() {
   need image
   need_program docker "see https://docs.docker.com/get-docker/"
-  find_commit true # an image holds the commit itself, so nobody has to have pushed it
+  find_commit true # an image holds the commit itself, so it need not be pushed
   run 3600 docker build --file "$ROOT/launch/Dockerfile" --tag "$opt_image:${COMMIT:0:12}" "$ROOT" || fail "the image was not built; see above."
   run 3600 docker push "$opt_image:${COMMIT:0:12}" || fail "the image was not pushed; run: gcloud auth configure-docker ${opt_image%%/*}"
   say "image: $opt_image:${COMMIT:0:12}"
@@ -66,7 +66,7 @@ train() {
   if [[ $opt_preset != none ]]; then command=". launch/env.sh $opt_preset && $command"; fi
   exists "workload $opt_run on cluster $opt_cluster" "$(quoted "${DELETE[@]}")"
   CREATING=true
-  # exec, so that SIGTERM reaches Python and not a shell that would not pass it on.
+  # exec, so that SIGTERM reaches Python: a shell would not pass it on.
   run 1800 xpk workload create --workload="$opt_run" "${WHERE[@]}" --tpu-type="$opt_tpu_type" --num-slices="$opt_slices" \
     --docker-image="$opt_image" --max-restarts="$opt_restarts" --termination-grace-period-seconds=120 \
     --command="${command/python -m/exec python -m}" || fail "workload $opt_run was not created; see above."

@@ -65,7 +65,7 @@ def test_an_own_slice_of_an_earlier_call_is_taken_up_without_a_new_start(cloud):
         ("status", ["absent", *(["code:1"] * 20)], ["--crashes", "2"], "failed 2 times"),
         ("status", ["absent", "code:2"], [], "wrong input"),
         ("status", ["unreachable"] * 20, ["--unreachable", "2", "--recreations", "2"], "created 2 times"),
-        ("describe", ["", *(["fail"] * 20)], ["--unreachable", "3"], "3 looks in a row failed"),
+        ("describe", ["", *(["fail"] * 20)], ["--unreachable", "3"], "3 checks in a row failed"),
         ("status", ["running"] * 5000, ["--deadline", "1"], "not done after 1 seconds"),
         ("create", ["hang-made", "hang-made"], ["--create-timeout", "1", "--failures", "1"], "no answer within"),
     ],

@@ -108,7 +108,7 @@ def test_help_is_the_head_of_the_script(cloud, script):
 CREATE = f"tpu_vm.sh create --name n --accelerator-type v5litepod-16 {PLACE}"
 TRAIN = f"tpu_vm.sh train --name n {PLACE} {RUN}"
 BAD = [
-    (CREATE, "create:quota", 1, "quota of project p does not do in us-central1-a: ask for more at https://"),
+    (CREATE, "create:quota", 1, "quota of project p is too small in us-central1-a: ask for more at https://"),
     (CREATE, "create:capacity", 1, "no capacity now: try later, another zone, or --queued"),
     (CREATE, "create:permission", 1, "no permission in project p"),
     (CREATE, "describe:login", 1, "run: gcloud auth login"),

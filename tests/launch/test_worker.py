@@ -51,7 +51,7 @@ def test_a_run_is_started_once_and_its_exit_code_noted(worker):
     assert state(worker) == "state=absent code=-"
     worker.run("worker.sh", "train", "r", "none", "--config", "c", "a=b c")
     again = worker.run("worker.sh", "train", "r", "none", "--config", "c")
-    assert state(worker) == "state=running code=-" and "under way already" in again.err
+    assert state(worker) == "state=running code=-" and "already under way" in again.err
     assert started(worker) == ["-m mtp_jax.train --config c a=b c"]
     (worker.home / "end").write_text("2")
     assert reached(worker, "state=exited code=2")
