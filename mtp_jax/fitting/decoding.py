@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from mtp_jax import sharding
-from mtp_jax.decoding.generator import variables_of
+from mtp_jax.decoding.forward import XlaForward
 from mtp_jax.decoding.loop import PREFILL_CHUNK, DecodeState, Decoding, Limits
+from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import BlockPlan
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
@@ -27,10 +28,11 @@ def decoding_program(
 ) -> tuple[Any, tuple[Any, ...]]:
     """A jitted greedy step, its state donated, and shapes of its arguments; weights and cache spread over the mesh."""
     whole = sharding.replicated(mesh)
-    decoding = Decoding(Decoder(g, dtype, scanned=False), plan, shape.sampler if shape else "none")
+    forward = XlaForward(Decoder(g, dtype, scanned=False), shape, joined=False)
+    decoding = Decoding(forward, Options(plan))
     params = _params(g, dtype, mesh)
     adapter = None if shape is None or not plan.block else abstract_adapter(g, shape)
-    variables = jax.eval_shape(lambda p, a: variables_of(g, p, a, shape, dtype, kernels=False), params, adapter)
+    variables = jax.eval_shape(forward.prepare, params, adapter)
     variables = _placed({name: part for name, part in variables.items() if name != "params"}, whole)
     variables["params"] = params
 

@@ -5,9 +5,10 @@ import sys
 
 import jax
 
+import mtp_jax
 from mtp_jax import sharding
 from mtp_jax.config import Mesh
-from mtp_jax.decoding.generator import Generator, Sampling
+from mtp_jax.decoding.options import Sampling
 from mtp_jax.decoding.plan import parse_plan
 
 
@@ -16,15 +17,20 @@ def main():
     found = {}
     for name in ("one", "many"):
         mesh = sharding.make_mesh(Mesh(data=1, fsdp=2, tensor=2)) if name == "many" else None
-        generator = Generator.load(model, "float32", adapter, mesh=mesh)
+        generator = mtp_jax.load(model, adapter=adapter, dtype="float32", mesh=mesh)
         generator.stops = ()
         for plan in ("none", "quadratic:2") if name == "one" else ("quadratic:2",):
-            generator.plan = parse_plan(plan)
+            generator = generator.using(plan=parse_plan(plan))
+            generator.stops = ()
             done = generator.complete(prompts, 12, len(prompts))
             found[f"{name} {plan}"] = [(d.token_ids, d.steps) for d in done]
         done = generator.complete(prompts, 12, len(prompts), Sampling(seed=5))
         found[f"{name} sampled"] = [(d.token_ids, d.steps) for d in done]
-        weights = jax.tree.leaves(generator.variables["params"])
+        weights = [
+            leaf
+            for path, leaf in jax.tree.leaves_with_path(generator.variables)
+            if path[0].key != "mtp" and getattr(path[-1], "key", "") not in ("a", "b") and leaf.ndim == 2
+        ]
         found[f"{name} sharded"] = sum(not leaf.sharding.is_fully_replicated for leaf in weights) / len(weights)
     print(json.dumps(found))
 

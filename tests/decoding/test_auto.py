@@ -1,6 +1,7 @@
 """The automatic plan: expected tokens against a simulated chain, and the choice from given costs."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from mtp_jax.decoding import auto
 from mtp_jax.decoding.auto import candidates, choose_plan, expected_tokens, survival
 from mtp_jax.decoding.generator import Completion
+from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import linear, parse_plan, plain, quadratic
 
 SURVIVES = np.array([0.7, 0.45, 0.3, 0.2])
@@ -47,18 +49,25 @@ def test_candidates_fit_the_adapter():
 class Machine:
     """Stands in for a generator: a step of r rows takes `cost(r)` seconds, drafts are right as SURVIVES says."""
 
-    shortlist, one_head, dtype, identity = 256, False, "float32", "machine"
+    dtype, identity, options = "float32", "machine", Options()
 
     def __init__(self, cost, masks=4):
-        self.cost, self.runs, self.plan = cost, 0, plain()
-        self.shape = type("Shape", (), {"masks": masks})
+        self.cost, self.runs = cost, 0
+        self.shape = SimpleNamespace(masks=masks)
+        self.forward = SimpleNamespace(build="one")
 
-    def complete(self, prompts, new_tokens, batch_size):
-        self.runs += 1
-        reach = np.concatenate([[1.0], SURVIVES[: self.plan.drafts], [0.0]])
+    def using(self, plan, one_head):
+        def complete(prompts, new_tokens, batch_size):
+            self.runs += 1
+            return self.complete(plan, prompts)
+
+        return SimpleNamespace(complete=complete)
+
+    def complete(self, plan, prompts):
+        reach = np.concatenate([[1.0], SURVIVES[: plan.drafts], [0.0]])
         histogram = np.round(100_000 * (reach[:-1] - reach[1:])).astype(int).tolist()
-        tokens = [0] * (1 + round(100 * expected_tokens(self.plan, SURVIVES)))
-        seconds = self.cost(self.plan.rows) * 100
+        tokens = [0] * (1 + round(100 * expected_tokens(plan, SURVIVES)))
+        seconds = self.cost(plan.rows) * 100
         return [Completion(tokens, [], 100, histogram, 0.0, seconds) for _ in prompts]
 
 
@@ -73,27 +82,25 @@ class Machine:
 def test_the_plan_with_the_most_tokens_per_second_is_taken(cost, best, tmp_path):
     machine = Machine(cost)
     choice = choose_plan(machine, [[1]] * 4, 1, cache=None)
-    assert choice.plan == best == machine.plan
+    assert choice.plan == best
     assert choice.expected[str(best)] == max(choice.expected.values())
     rate = expected_tokens(best, SURVIVES) / cost(best.rows)
     assert abs(choice.expected[str(best)] / rate - 1) < 0.01
     assert "auto: " in str(choice)
 
 
-def test_a_choice_is_kept_per_machine_and_batch(tmp_path, monkeypatch):
+def test_a_choice_is_kept_per_machine_and_batch(tmp_path):
     machine = Machine(lambda rows: 1.0)
     first = choose_plan(machine, [[1]] * 4, 1, cache=str(tmp_path))
     runs = machine.runs
-    machine.plan = plain()
     assert choose_plan(machine, [[1]] * 4, 1, cache=str(tmp_path)) == first and machine.runs == runs
-    assert machine.plan == first.plan
     choose_plan(machine, [[1]] * 4, 2, cache=str(tmp_path))
     assert machine.runs > runs
     machine.identity = "another"
     runs = machine.runs
     choose_plan(machine, [[1]] * 4, 1, cache=str(tmp_path))
     assert machine.runs > runs and len(list(tmp_path.glob("*.json"))) == 3
-    monkeypatch.setattr(auto, "native_build", lambda: "another")
+    machine.forward.build = "another"
     runs = machine.runs
     choose_plan(machine, [[1]] * 4, 1, cache=str(tmp_path))
     assert machine.runs > runs

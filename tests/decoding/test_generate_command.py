@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from mtp_jax.decoding.generator import Generator
+import mtp_jax
 
 PROMPTS = ["the cat", "the dog sat by", "on the mat"]
 
@@ -39,7 +39,7 @@ def test_json_holds_text_tokens_steps_and_seconds(command, file, small_folder):
     )
     assert outcome.code == 0, outcome
     records = [json.loads(line) for line in outcome.out.splitlines()]
-    generator = Generator.load(str(small_folder))
+    generator = mtp_jax.load(str(small_folder))
     for record, prompt in zip(records, PROMPTS, strict=True):
         assert record.keys() == {"text", "token_ids", "new_tokens", "steps", "seconds", "accepted"}
         (alone,) = generator([prompt], 6)
@@ -50,7 +50,7 @@ def test_json_holds_text_tokens_steps_and_seconds(command, file, small_folder):
 
 def test_prompt_text_and_speed_are_printed(command, small_folder):
     outcome = command("generate", "--model", small_folder, "--prompt", "the [bold]cat[/]", "--max-new-tokens", 4)
-    generator = Generator.load(str(small_folder))
+    generator = mtp_jax.load(str(small_folder))
     assert outcome.code == 0, outcome
     assert outcome.out.startswith("the [bold]cat[/]" + generator.text(generator(["the [bold]cat[/]"], 4)[0]))
     assert "tokens/s]" in outcome.out
@@ -62,7 +62,7 @@ def test_chat_messages_go_through_the_chat_template(command, file, small_folder,
     path = file(json.dumps({"messages": [{"role": "user", "content": "where is the mat?"}]}))
     outcome = command("generate", "--model", folder, "--prompts", path, "--max-new-tokens", 5, "--json")
     ids = small_tokenizer("user: where is the mat? cat:", add_special_tokens=False)["input_ids"]
-    (alone,) = Generator.load(str(small_folder)).complete([ids], 5, 1)
+    (alone,) = mtp_jax.load(str(small_folder)).complete([ids], 5, 1)
     assert json.loads(outcome.out)["token_ids"] == alone.token_ids
 
 

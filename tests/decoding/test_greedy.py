@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mtp_jax.decoding.generator import Generator
-from mtp_jax.decoding.loop import Limits
+import mtp_jax
+from mtp_jax.decoding.loop import Decoding, Limits
 from mtp_jax.errors import UserError
 
 # A divergence is a tie only where the two best logits are closer than this.
@@ -75,7 +75,7 @@ def ties(ours, theirs, gaps, name):
 
 @pytest.fixture(scope="module")
 def story_teller(stories):
-    return Generator.load(str(stories), "float32")
+    return mtp_jax.load(str(stories), dtype="float32")
 
 
 def story_prompts(generator):
@@ -132,7 +132,7 @@ def test_batches_agree_with_single_prompts(story_teller):
 @pytest.fixture(scope="module")
 def small(small_folder):
     """A generator that never stops by itself, and its prompts of length 1, 5 and 20."""
-    generator = Generator.load(str(small_folder), "float32")
+    generator = mtp_jax.load(str(small_folder), dtype="float32")
     generator.stops = ()
     draw = np.random.default_rng(5)
     return generator, [draw.integers(2, 256, length).tolist() for length in (1, 5, 20)]
@@ -146,7 +146,7 @@ def free(small, small_folder):
 
 
 def stopping(small_folder, *stops):
-    generator = Generator.load(str(small_folder), "float32")
+    generator = mtp_jax.load(str(small_folder), dtype="float32")
     generator.stops = stops
     return generator
 
@@ -177,7 +177,7 @@ def test_stop_ids_come_from_the_folder(small_folder, free, small, tmp_path):
     folder = shutil.copytree(small_folder, tmp_path / "model")
     stops = [free[0][0][2], free[1][0][6]]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
-    done = Generator.load(str(folder), "float32").complete(small[1], 24, 3)
+    done = mtp_jax.load(str(folder), dtype="float32").complete(small[1], 24, 3)
     assert [d.token_ids for d in done] == [cut(tokens, stops) for tokens, _ in free]
 
 
@@ -210,7 +210,7 @@ def test_a_row_without_room_takes_no_step(small):
     generator, prompts = small
     rows = jnp.asarray([prompts[1], prompts[1]])
     limits = Limits(jnp.asarray([9, 0]), jnp.zeros(0, jnp.int32))
-    state = generator.decoding().decode(generator.variables, rows, jnp.asarray([5, 5]), limits, 16, jnp.float32)
+    state = Decoding(generator.forward).decode(generator.variables, rows, jnp.asarray([5, 5]), limits, 16, jnp.float32)
     assert state.length.tolist() == [9, 5]
     assert state.steps.tolist() == [3, 0]
     assert state.done.tolist() == [True, True]

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
+from mtp_jax.cpu import fastest_forward
 from mtp_jax.decoding import drafting, loop, sampling
-from mtp_jax.decoding.generator import Generator, Sampling, decoding_variables
+from mtp_jax.decoding.generator import Generator
+from mtp_jax.decoding.options import Options, Sampling
 from mtp_jax.decoding.plan import parse_plan, quadratic
 from mtp_jax.errors import UserError
+from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.weights import PROJECTIONS, init_params
+from mtp_jax.model.weights import PROJECTIONS, init_params, unstack_layers
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
 
 V, NEW, DRAWS, BATCH = 6, 5, 24_000, 4_000
@@ -57,10 +60,9 @@ def make(parts):
     def generator(plan, shortlist=4):
         g, params, shape, adapter = parts
         copies = jax.tree.map(jnp.copy, params)
-        variables = decoding_variables(g, copies, adapter, shape, jnp.dtype("float32"), kernels=True)
-        made = Generator(g, variables, None, (), jnp.dtype("float32"), shape, plan)
-        made.shortlist = shortlist
-        return made
+        forward = fastest_forward(Decoder(g, scanned=False), shape)
+        variables = forward.prepare(unstack_layers(copies), adapter)
+        return Generator(forward, variables, None, (), Options(plan, shortlist))
 
     return generator
 

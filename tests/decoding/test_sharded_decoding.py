@@ -9,21 +9,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.model.folder import load_params, read_geometry
+from mtp_jax.model.base import open_base
 from mtp_jax.model.weights import PROJECTIONS
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
-from mtp_jax.mtp.adapter_folder import fingerprint, write_adapter
+from mtp_jax.mtp.adapter_folder import write_adapter
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14]]
 
 
 def test_fsdp_and_tensor_axes_change_no_token(small_folder, tmp_path):
-    g = read_geometry(small_folder)
-    table = load_params(small_folder, g, jnp.float32)["embed"]["embedding"]
+    opened = open_base(str(small_folder))
+    g, table = opened.g, opened.load(jnp.dtype("float32"))["embed"]["embedding"]
     shape = AdapterShape(2, 4, 8.0, PROJECTIONS, "residual")
     adapter = init_adapter(g, shape, table, jax.random.key(0))
     adapter = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), adapter)
-    base = {"name": "small", "fingerprint": fingerprint(small_folder)}
+    base = {"name": "small", "fingerprint": opened.fingerprint}
     write_adapter(tmp_path / "adapter", g, shape, adapter, base, {}, jnp.dtype("float32"))
     outcome = subprocess.run(
         [

@@ -1,22 +1,35 @@
 """The C++ calls: products against numpy in float64, all layers of a step against XLA's; without a compiler too."""
 
+import subprocess
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.decoding import fusion
+from mtp_jax.cpu import fastest_forward, native
+from mtp_jax.cpu.forward import CpuForward
+from mtp_jax.cpu.native import largest, narrow, pack, times
 from mtp_jax.decoding.drafting import choose_drafts
-from mtp_jax.model import products
+from mtp_jax.decoding.forward import XlaForward
 from mtp_jax.model.attention import LayerCache
 from mtp_jax.model.decoder import Decoder, MaskRows
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.products import largest, look_up, narrow, pack, times
 from mtp_jax.model.weights import PROJECTIONS, init_params, unstack_layers
+from mtp_jax.mtp.adapter import AdapterShape
 from mtp_jax.mtp.lora import init_lora
 from mtp_jax.mtp.sampler import init_sampler
 
-needs_compiler = pytest.mark.skipif(not products.native(), reason="needs a C++ compiler")
+
+def _built():
+    try:
+        return bool(native.library())
+    except native.BuildError:
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not _built(), reason="needs a C++ compiler")
 DRAW = np.random.default_rng(0)
 
 
@@ -46,7 +59,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
 def test_bfloat16_weights_are_kept_as_such_and_give_the_same_products(rows, monkeypatch):
     w = np.asarray(jnp.asarray(normal(70, 101), jnp.bfloat16), np.float32)
     x, halves = normal(rows, 70), pack(w)
-    monkeypatch.setattr(products, "narrow", lambda x: x)
+    monkeypatch.setattr(native, "narrow", lambda x: x)
     whole = pack(w)
     assert (halves.panels.dtype, whole.panels.dtype) == (jnp.bfloat16, jnp.float32)
     assert (np.asarray(times(x, halves)) == np.asarray(times(x, whole))).all()
@@ -96,11 +109,11 @@ class Step:
         lora = init_lora(g, targets, 8, jax.random.key(1)) or {"layers": {}}
         lora = jax.tree.map(lambda x: jnp.asarray(0.2 * draw.normal(size=x.shape), jnp.float32), lora)
         lora = change(lora) if change else lora
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fusion, "native", lambda: in_cpp)
-            params, fused = fusion.fuse(g, unstack_layers(params), lora, jnp.dtype("float32"))
-        self.variables, self.model = ({"params": params}, fused), Decoder(g, scanned=False)
-        self.masks = normal(REAL, g.D)
+        shape, model = AdapterShape(5, 8, 8.0, targets, "none"), Decoder(g, scanned=False)
+        self.forward = CpuForward(model, shape, "") if in_cpp else XlaForward(model, shape)
+        self.variables = self.forward.prepare(
+            unstack_layers(params), {"lora": lora, "mtp": {"masks": jnp.zeros((5, 1))}}
+        )
 
     def __call__(self, real=REAL, masks=True, first=False):
         g, draw = self.g, np.random.default_rng(1)
@@ -113,11 +126,8 @@ class Step:
             np.asarray([1, 2, 1, 2, 3]),
             np.asarray([0, 0, 2, 2, 2]),
         )
-        params, fused = self.variables
-        step = jax.jit(
-            lambda p, f, c: self.model.apply(p, tokens, start, c, rows if masks else None, f, first, method="step")
-        )
-        return jax.tree.map(np.asarray, step(params, fused, cache))
+        step = jax.jit(lambda v, c: self.forward.rows(v, tokens, start, c, rows if masks else None, first))
+        return jax.tree.map(np.asarray, step(self.variables, cache))
 
 
 @needs_compiler
@@ -157,15 +167,6 @@ def test_rows_beyond_those_whose_scores_exist_at_a_time():
 
 
 @needs_compiler
-@pytest.mark.parametrize(("D", "C"), [(64, 256), (70, 33), (5, 1)])
-def test_rows_that_are_looked_up(D, C):
-    x, table, ids = normal(3, D), normal(300, D), DRAW.integers(0, 300, (3, C)).astype(np.int32)
-    for kept in (table, jnp.asarray(table, jnp.bfloat16)):
-        got = jax.jit(look_up)(x, kept, ids)
-        assert np.abs(got - np.einsum("bd,bcd->bc", x.astype(float), np.asarray(kept, float)[ids])).max() < 1e-4
-
-
-@needs_compiler
 @pytest.mark.parametrize(("V", "count"), [(1000, 256), (297, 1), (40, 1), (300, 300), (4096, 7), (9000, 64)])
 @pytest.mark.parametrize("numbers", ["many equal", "all apart", "few numbers"])
 def test_the_largest_numbers_of_which_the_first_are_taken(V, count, numbers):
@@ -181,42 +182,87 @@ def test_the_largest_numbers_of_which_the_first_are_taken(V, count, numbers):
 @pytest.mark.parametrize("form", ["paper", "residual"])
 @pytest.mark.parametrize(("B", "M", "D", "C"), [(1, 1, 64, 32), (3, 4, 38, 20), (2, 8, 32, 1)])
 @pytest.mark.parametrize("kept", [jnp.float32, jnp.bfloat16])
-def test_drafts_are_those_of_xla(form, B, M, D, C, kept):
-    V = 150
+@pytest.mark.parametrize("tied", [False, True])
+def test_drafts_are_those_of_xla(form, B, M, D, C, kept, tied):
+    g = Geometry.from_config(BASE | {"vocab_size": 150, "hidden_size": D, "tie_word_embeddings": tied})
     weights = init_sampler(D, form, jnp.float32(1), jax.random.key(0))
     weights = jax.tree.map(lambda x: x + 0.3 * normal(*x.shape), weights)
-    kernels = weights["linear_0"]["kernel"][:D], weights["linear_0"]["kernel"][D:], weights["linear_1"]["kernel"]
-    packed = jax.tree.map(lambda x: x, weights)
-    packed["linear_0"]["kernel"], packed["linear_1"]["kernel"] = tuple(map(pack, kernels[:2])), pack(kernels[2])
-    embedding, table = (jnp.asarray(normal(V, D), kept) for _ in range(2))
-    z, first = normal(B, M, D), DRAW.integers(0, V, B).astype(np.int32)
-    scores = jnp.einsum("bmd,vd->bmv", z, table.astype(jnp.float32))
+    params = init_params(g, jax.random.key(0))
+    for name in ("embed", *(() if tied else ("unembed",))):
+        params[name]["embedding"] = jnp.asarray(normal(g.V, D), kept).astype(jnp.float32)
+    z, first = normal(B, M, D), DRAW.integers(0, g.V, B).astype(np.int32)
+    shape, model = AdapterShape(M, 8, 8.0, PROJECTIONS, form), Decoder(g, scanned=False)
+    adapter = {"lora": {"layers": {}}, "mtp": {"masks": normal(M, D), "sampler": weights}}
 
-    def drafts(sampler, in_cpp):
-        def choose(z, scores):
-            return choose_drafts(embedding, None, table, sampler, form, z, scores, first, C, None, in_cpp)[0]
+    def drafts(forward):
+        variables = forward.prepare(unstack_layers(jax.tree.map(jnp.copy, params)), adapter)
+        scores = forward.logits(variables, jnp.asarray(z))
+        chosen = jax.jit(lambda v: choose_drafts(forward, v, jnp.asarray(z), None, first, C, None)[0])(variables)
+        return np.asarray(chosen), np.asarray(scores)
 
-        return np.asarray(jax.jit(choose)(z, scores))
-
-    got = drafts(packed, True)
-    assert (got == drafts(weights, False)).all()
-    assert M == 1 or C == 1 or (got != np.asarray(scores.argmax(-1))).any()
+    (got, scores), (expected, theirs) = drafts(CpuForward(model, shape, "")), drafts(XlaForward(model, shape))
+    assert (got == expected).all() and np.abs(scores - theirs).max() < 1e-4
+    assert M == 1 or C == 1 or (got != scores.argmax(-1)).any()
 
 
-def test_without_a_compiler_xla_multiplies(monkeypatch, tmp_path):
-    def register(**environment):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        products._library.cache_clear()
-        try:
-            return products.native()
-        finally:
-            products._library.cache_clear()
+def test_a_failed_build_is_warned_of_and_xla_computes(monkeypatch, tmp_path, capsys):
+    model = Decoder(Geometry.from_config(BASE), scanned=False)
 
-    monkeypatch.setattr(products, "CACHE", str(tmp_path / "native"))
-    assert not register(CXX=str(tmp_path / "no-such-compiler"))
-    assert not register(CXX="false")  # a compiler that fails
+    def chosen(**environment):
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            native.library.cache_clear()
+            try:
+                return fastest_forward(model, None), capsys.readouterr().err
+            finally:
+                native.library.cache_clear()
+
+    monkeypatch.setattr(native, "CACHE", str(tmp_path / "native"))
+    for compiler in (str(tmp_path / "no-such-compiler"), "false"):
+        forward, said = chosen(CXX=compiler)
+        assert isinstance(forward, XlaForward) and said.count("warning: ") == 1
+        assert "decoding runs in XLA" in said and compiler in said and "MTP_JAX_NATIVE=0" in said
     assert not list((tmp_path / "native").iterdir())
-    assert not register(MTP_JAX_NATIVE="0")
-    x, w = jnp.ones((2, 3)), jnp.ones((3, 4))
-    assert (times(x, w) == 3).all()
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    assert "no C++ compiler" in chosen()[1]
+    assert chosen(MTP_JAX_NATIVE="0") == (XlaForward(model, None), "")
+
+
+@needs_compiler
+def test_only_float32_on_one_cpu_is_computed_in_cpp(monkeypatch):
+    g = Geometry.from_config(BASE)
+    narrow_model, model = Decoder(g, jnp.dtype("bfloat16"), scanned=False), Decoder(g, scanned=False)
+    assert isinstance(fastest_forward(model, None), CpuForward)
+    assert fastest_forward(narrow_model, None) == XlaForward(narrow_model, None)
+    assert fastest_forward(model, None, whole=False) == XlaForward(model, None, joined=False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert fastest_forward(model, None) == XlaForward(model, None)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_the_arithmetic_is_clean_under_sanitizers(sanitizer, tmp_path):
+    """The headers alone, without XLA or Python: sequences of steps of odd shapes by several threads."""
+    here = Path(__file__).parent
+    program, include = tmp_path / "steps", Path(native.__file__).parent
+    flags = ["-std=c++17", "-O1", "-g", "-march=native", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    subprocess.run(
+        [
+            "c++",
+            *flags,
+            f"-fsanitize={sanitizer}",
+            "-fno-sanitize-recover=all",
+            "-I",
+            include,
+            here / "steps.cc",
+            "-o",
+            program,
+        ],
+        check=True,
+    )
+    outcome = subprocess.run([program], capture_output=True, text=True, timeout=600)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "steps agree" in outcome.stdout
