@@ -73,8 +73,9 @@ def write_examples(file: Path, count: int) -> None:
 
 def measure(a: argparse.Namespace) -> None:
     """Read, tokenise and pack every example once."""
-    from mtp_jax.config import Data, Source
     from mtp_jax.data.pipeline import Anchors, training_batches
+
+    from mtp_jax.config import Data, Source
     from mtp_jax.data.sources import read_sources
     from mtp_jax.model.folder import find_folder, load_tokenizer, read_geometry
 

@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from mtp_jax.data.prompts import read_prompts
 from mtp_jax.decoding import generator as generator_module
 from mtp_jax.decoding.auto import choose_plan
 from mtp_jax.decoding.generator import Completion, Generator
 from mtp_jax.decoding.plan import BlockPlan, parse_plan
 from mtp_jax.errors import run_command
-from mtp_jax.generate import read_prompts
 from mtp_jax.model import products
 from mtp_jax.model.folder import find_folder
 

@@ -19,11 +19,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mtp_jax.data.prompts import read_prompts
 from mtp_jax.decoding.drafting import choose_drafts
 from mtp_jax.decoding.generator import Completion, Generator
 from mtp_jax.decoding.plan import linear, quadratic
 from mtp_jax.errors import run_command
-from mtp_jax.generate import read_prompts
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.folder import find_folder, load_params
 from mtp_jax.model.products import native, pack, times

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from mtp_jax.data.prompts import read_prompts
 from mtp_jax.decoding.generator import Completion, Generator, decoding_variables
 from mtp_jax.decoding.plan import parse_plan
 from mtp_jax.errors import run_command
-from mtp_jax.generate import read_prompts
 from mtp_jax.model.folder import find_folder, load_params
 from mtp_jax.model.weights import PROJECTIONS
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from mtp_jax.data.sources import python_stdlib, split
+from mtp_jax.data.documents import python_stdlib
+from mtp_jax.data.sources import split
 from mtp_jax.decoding.generator import Generator
 from mtp_jax.decoding.plan import quadratic
 from mtp_jax.evaluate import TRAINING_FILES, main
@@ -60,7 +61,7 @@ def test_its_adapter_drafts_for_it():
 
 
 def test_what_the_model_was_trained_on_is_left_out_under_any_name(monkeypatch, tmp_path, capsys):
-    from mtp_jax.data import sources
+    from mtp_jax.data import documents
 
     seen = next(d for d in python_stdlib() if d.name == "textwrap.py")
     if (
@@ -69,10 +70,10 @@ def test_what_the_model_was_trained_on_is_left_out_under_any_name(monkeypatch, t
     ):
         pytest.skip("this Python's textwrap.py is not the one that the model was trained on")
     names = [f"m{i}.py" for i in range(200)]
-    held = [name for name in names if sources.Document(name, tmp_path / name).draw < 0.05][:2]
+    held = [name for name in names if documents.FileDocument(name, tmp_path / name).draw < 0.05][:2]
     (tmp_path / held[0]).write_text(seen.text())
     (tmp_path / held[1]).write_text("x = 1\n" * 50)
-    monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(documents.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     monkeypatch.setattr(sys, "argv", ["evaluate", "--model", "bundled:stdlib-5m", "--json", "--batch-size", "1"])
     main()
     figures = json.loads(capsys.readouterr().out)

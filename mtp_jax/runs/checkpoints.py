@@ -25,7 +25,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from mtp_jax.config import Checkpoints as CheckpointConfig
-from mtp_jax.data.pipeline import merge_states
+from mtp_jax.data.batches import merge_states
 from mtp_jax.errors import FULL_DISK, UserError, warn
 from mtp_jax.runs import processes
 from mtp_jax.runs.manifest import MANIFEST, digests, fault_of, read_manifest, write_manifest

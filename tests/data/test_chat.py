@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mtp_jax.data.encoding import Encoder
+from mtp_jax.data.pipeline import Anchors, held_out_batches, training_batches
+from mtp_jax.data.supervision import check_supervision
 from tokenizers import processors
 
 from mtp_jax.config_file import validate
-from mtp_jax.data.encoding import Encoder
-from mtp_jax.data.pipeline import Anchors, held_out_batches, training_batches
+from mtp_jax.data.held_out import held_out_prompts
 from mtp_jax.data.sources import documents
-from mtp_jax.data.supervision import check_supervision
 from mtp_jax.data.tokenizer import train_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.training.run import train
-from mtp_jax.training.tasks import held_out_prompts
 
 MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content + '\n' }}{% endgeneration %}"

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 from conftest import listing, read_lines
+from mtp_jax.data.encoding import Encoder
+from mtp_jax.data.examples import Completion, Conversation, Example, Text
 
 from mtp_jax.config import Continuations, Data
 from mtp_jax.config_file import validate
 from mtp_jax.data.continuations import choose_prompts, read_continuations
-from mtp_jax.data.encoding import Encoder
-from mtp_jax.data.examples import Completion, Conversation, Example, Text
 from mtp_jax.data.sources import read_sources
 from mtp_jax.decoding.generator import Generator
 from mtp_jax.errors import UserError

@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from mtp_jax.data.examples import Completion, Conversation, Text
+from mtp_jax.data.pipeline import Anchors, training_batches
 
 from mtp_jax.config import Data, Source
 from mtp_jax.config_file import validate
-from mtp_jax.data.examples import Completion, Conversation, Text
-from mtp_jax.data.pipeline import Anchors, training_batches
 from mtp_jax.data.sources import documents, read_sources
 from mtp_jax.errors import UserError
 

@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-
 from mtp_jax.data.examples import Examples
 from mtp_jax.data.order import DocumentNames, Draw, StreamReader, draws_of, places_of
-from mtp_jax.data.packing import LaneState
 from mtp_jax.data.streams import Stream
+
+from mtp_jax.data.packing import LaneState
 
 
 class Named:

@@ -8,8 +8,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
-
 from mtp_jax.data.pipeline import Anchors, held_out_batches, merge_states, training_batches
+
 from mtp_jax.data.sources import Document
 from mtp_jax.errors import UserError
 

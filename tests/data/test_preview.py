@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from conftest import listing
+from mtp_jax.data.encoding import Encoder
 
 from mtp_jax.config_file import validate
-from mtp_jax.data.encoding import Encoder
 from mtp_jax.data.preview import survey_sequences, survey_sources
 from mtp_jax.data.sources import read_sources
 

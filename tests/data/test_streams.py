@@ -4,13 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
+from mtp_jax.data.pipeline import Anchors, merge_states, training_batches
+from mtp_jax.data.streams import Stream
+from mtp_jax.data.supervision import check_supervision
 
 from mtp_jax.config import Data, Source
 from mtp_jax.data.continuations import choose_prompts
-from mtp_jax.data.pipeline import Anchors, merge_states, training_batches
 from mtp_jax.data.sources import documents, read_sources
-from mtp_jax.data.streams import Stream
-from mtp_jax.data.supervision import check_supervision
 from mtp_jax.errors import UserError
 
 
