@@ -146,5 +146,6 @@ def _kind(content: Content, marked: bool, count: int, rewritten: int) -> str:
         return "prompts with completions, supervised in the completions"
     if marked:
         return "conversations, supervised where the chat template marks {% generation %}"
-    note = f"; in {count} of them, {rewritten} earlier turns that the template rewrites are not" if rewritten else ""
-    return f"conversations, supervised in assistant turns by prefix difference of the chat template{note}"
+    how = "conversations, supervised in assistant turns by prefix difference of the chat template"
+    note = f"; in the {count} checked, {rewritten} earlier turns that the template rewrites are not"
+    return how + (note if rewritten else "")

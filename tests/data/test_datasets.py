@@ -20,7 +20,7 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel
 
 
 def contents(source):
-    return [record.content() for record in source_source_documents(source)]
+    return [record.content() for record in source_documents(source)]
 
 
 @pytest.mark.parametrize(
@@ -239,9 +239,8 @@ def test_held_out_records_are_those_that_a_stored_dataset_holds_out(streamed):
     source = streamed(TEXTS)
     _, held = read_sources(Data(sources=[source], held_out=0.3))
     stored = source.model_copy(update={"streaming": False})
-    assert {record.name for record in read_sources(Data(sources=[stored], held_out=0.3))[1]} == {
-        record.name for record in held
-    }
+    _, expected = read_sources(Data(sources=[stored], held_out=0.3))
+    assert {record.name for record in held} == {record.name for record in expected}
 
 
 def test_every_record_once_per_epoch_in_another_order(streamed):

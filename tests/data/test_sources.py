@@ -27,24 +27,26 @@ def text(path, separator=None, **more):
         ("empty.txt", "every file is empty"),
     ],
 )
-def test_a_source_without_text_is_named(folder, path, says):
-    (folder / "hollow").mkdir()
+def test_a_source_without_text_is_named(tmp_path, path, says):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "hollow").mkdir()
     with pytest.raises(UserError) as caught:
-        read_sources(Data(sources=[text(folder / "a.txt"), text(folder / path)], held_out=0.0))
+        read_sources(Data(sources=[text(tmp_path / "a.txt"), text(tmp_path / path)], held_out=0.0))
     (fault,) = caught.value.faults
     assert fault.startswith("data.sources.1.path: ") and says in fault
 
 
-def test_all_sources_without_text_are_named(folder):
+def test_all_sources_without_text_are_named(tmp_path):
     with pytest.raises(UserError) as caught:
-        read_sources(Data(sources=[text(folder / "no"), text(folder / "nor")], held_out=0.0))
+        read_sources(Data(sources=[text(tmp_path / "no"), text(tmp_path / "nor")], held_out=0.0))
     assert len(caught.value.faults) == 2
 
 
 # ---- held out
 
 
-def test_the_split_depends_on_the_name_alone(folder, tmp_path):
+def test_the_split_depends_on_the_name_alone(tmp_path):
     found = [FileDocument(f"d{i}", tmp_path) for i in range(500)]
     train, held = split(found, 0.1)
     assert not {d.name for d in train} & {d.name for d in held} and len(train) + len(held) == 500
@@ -98,7 +100,7 @@ def test_which_way_is_used_is_reported(jsonl, template, how):
         ({"one": PLAIN, "two": PLAIN}, "data.sources.0: the tokenizer's chat template cannot be chosen"),
         (
             "{{ messages[0].content }}{% generation %}{% endgeneration %}",
-            "data.sources.0: none of the 5 rows checked",
+            "data.sources.0: none of the 5 records checked",
         ),
     ],
 )
@@ -125,7 +127,7 @@ def test_records_that_are_too_long_are_reported_before_a_run_starts(jsonl):
     assert line.endswith("; 1 of 3 checked are longer than a sequence of 32 and are cut")
     (line,) = check_supervision([found], tokenizer, 128, "cut")
     assert "longer" not in line
-    with pytest.raises(UserError, match=r"all of the 3 rows checked are longer than train\.sequence_length=4"):
+    with pytest.raises(UserError, match=r"all of the 3 records checked are longer than train\.sequence_length=4"):
         check_supervision([found], tokenizer, 4, "drop")
 
 
@@ -133,7 +135,7 @@ def test_turns_that_the_template_rewrites_are_counted(jsonl):
     (line,) = check_supervision([source_documents(jsonl([{"messages": TALK}] * 3))], with_template(letters(), THINKS))
     assert line == (
         "data.sources.0: 3 conversations, supervised in assistant turns by prefix difference of the chat template; in "
-        "3 of them, 3 earlier turns that the template rewrites are not"
+        "the 3 checked, 3 earlier turns that the template rewrites are not"
     )
 
 
