@@ -4,6 +4,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import grain
@@ -21,7 +22,8 @@ _DEFAULT_ANCHORS = 64
 _BATCHES_AHEAD = 4
 
 
-class Anchors(NamedTuple):
+@dataclass(frozen=True)
+class Anchors:
     """How many blocks of masks a sequence has: `count`, chosen by hash, or one behind every row (None)."""
 
     count: int | None

@@ -161,7 +161,7 @@ class ChatTemplate:
 
         try:
             with _RENDERING:
-                texts, spans = render_jinja_template(
+                rendered: Any = render_jinja_template(
                     conversations=[messages],
                     chat_template=self.template,
                     add_generation_prompt=prompt,
@@ -170,4 +170,5 @@ class ChatTemplate:
                 )
         except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
             raise UserError(f"the chat template refuses the conversation ({error}).") from error
+        texts, spans = rendered
         return texts[0], spans[0] if mark else []
