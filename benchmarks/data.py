@@ -3,7 +3,7 @@
     python benchmarks/data.py pack --examples 100000 --format parquet
     python benchmarks/data.py wait RUN_FOLDER
 
-`pack` writes a file of documents of mixed length, then tokenises and packs each of them once in a separate process. It
+`pack` writes a file of records of mixed length, then tokenises and packs each of them once in a process of its own. It
 prints the time, the share of padding and the peak memory. `wait` reads the timing.jsonl of a finished run.
 """
 
@@ -18,17 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
-_WARMUP = 5  # steps of a run that are left out: they compile
+_WARMUP = 5  # steps of a run that are skipped: they compile
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     pack = commands.add_parser("pack")
-    pack.add_argument("--examples", type=int, default=100_000)
+    pack.add_argument("--examples", type=int, default=100_000, metavar="N", help="records of the file")
     pack.add_argument("--format", choices=["parquet", "jsonl"], default="parquet")
     pack.add_argument("--streaming", action="store_true")
-    pack.add_argument("--model", default="bundled:stdlib-5m", help="whose tokenizer is taken")
+    pack.add_argument("--model", default="bundled:stdlib-5m", help="whose tokenizer is used")
     pack.add_argument("--sequence-length", type=int, default=2048)
     pack.add_argument("--batch-size", type=int, default=8)
     pack.add_argument("--inner", metavar="FILE", help=argparse.SUPPRESS)
@@ -41,15 +41,15 @@ def main() -> None:
         measure(arguments)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / f"examples.{arguments.format}"
-            write_examples(file, arguments.examples)
-            print(f"{arguments.examples:,} examples in {file.stat().st_size / 1e6:,.0f} MB of {arguments.format}")
+            file = Path(folder) / f"examples.{arguments.format}"  # documents are named after it, and drawn by name
+            write_records(file, arguments.examples)
+            print(f"{arguments.examples:,} records in {file.stat().st_size / 1e6:,.0f} MB of {arguments.format}")
             cache = {**os.environ, "HF_DATASETS_CACHE": folder, "HF_HUB_OFFLINE": "1"}
             subprocess.run([sys.executable, *sys.argv, "--inner", str(file)], check=True, env=cache)
 
 
-def write_examples(file: Path, count: int) -> None:
-    """Prompts with completions: mostly of some hundred words, a few of thousands."""
+def write_records(file: Path, count: int) -> None:
+    """Prompts with completions: mostly of about a hundred words, a few of thousands."""
     import pyarrow
     import pyarrow.parquet
 
@@ -60,26 +60,25 @@ def write_examples(file: Path, count: int) -> None:
     writer = pyarrow.parquet.ParquetWriter(file, schema) if file.suffix == ".parquet" else file.open("w")
     with writer:
         for start in range(0, count, 1000):
-            rows = []
+            records = []
             for _ in range(min(1000, count - start)):
                 n, m = np.clip(draw.lognormal(np.log([20, 80]), 1.0), 1, 3000).astype(int)
                 text = words[draw.integers(0, len(words), n + m)]
-                rows.append({"prompt": " ".join(text[:n]), "completion": " " + " ".join(text[n:])})
+                records.append({"prompt": " ".join(text[:n]), "completion": " " + " ".join(text[n:])})
             if isinstance(writer, pyarrow.parquet.ParquetWriter):
-                writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+                writer.write_table(pyarrow.Table.from_pylist(records, schema))
             else:
-                writer.writelines(json.dumps(row) + "\n" for row in rows)
+                writer.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def measure(a: argparse.Namespace) -> None:
-    """Read, tokenise and pack every example once."""
+    """Read, tokenise and pack every record once."""
     from mtp_jax.config import Data, Source
-    from mtp_jax.data.pipeline import Anchors, training_batches
+    from mtp_jax.data.batches import Anchors, training_batches
     from mtp_jax.data.sources import read_sources
-    from mtp_jax.model.folder import find_folder, load_tokenizer, read_geometry
+    from mtp_jax.model.base import open_base
 
-    folder = find_folder(a.model)
-    tokenizer = load_tokenizer(folder, read_geometry(folder))
+    tokenizer = open_base(a.model).tokenizer
     before = memory()
     print(f"memory before: {before['VmRSS']:,.0f} MB (Python, JAX and the tokenizer)")
     clock = time.perf_counter()
@@ -98,10 +97,10 @@ def measure(a: argparse.Namespace) -> None:
         if batches.counts()["documents"] >= total:
             break
     seconds, counts, after = time.perf_counter() - clock, batches.counts(), memory()
-    print(f"{counts['documents']:,} examples, {rows - padding:,} tokens in {seconds:.1f} s: ", end="")
-    print(f"{counts['documents'] / seconds:,.0f} examples/s, {(rows - padding) / seconds:,.0f} tokens/s")
+    print(f"{counts['documents']:,} documents, {rows - padding:,} tokens in {seconds:.1f} s: ", end="")
+    print(f"{counts['documents'] / seconds:,.0f} documents/s, {(rows - padding) / seconds:,.0f} tokens/s")
     print(f"sequences of {a.sequence_length}: {rows // a.sequence_length:,}, padding {padding / rows:.2%}; ", end="")
-    print(f"{counts['too_long']:,} examples were longer and split")
+    print(f"{counts['too_long']:,} documents were longer and split")
     print(f"peak RSS {after['VmHWM']:,.0f} MB, of which {anonymous:,.0f} MB are not pages of mapped files", flush=True)
 
 

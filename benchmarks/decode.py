@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mtp_jax.decoding import generator as generator_module
+from mtp_jax.api import load
+from mtp_jax.cpu import forward, native
+from mtp_jax.data.prompts import read_prompts
 from mtp_jax.decoding.auto import choose_plan
-from mtp_jax.decoding.generator import Completion, Generator
+from mtp_jax.decoding.generator import Completion, Generator, tokens_per_step
 from mtp_jax.decoding.plan import BlockPlan, parse_plan
 from mtp_jax.errors import run_command
-from mtp_jax.generate import read_prompts
-from mtp_jax.model import products
 from mtp_jax.model.folder import find_folder
 
 
@@ -38,11 +38,10 @@ class Ours:
     def __init__(
         self, generator: Generator, plan: BlockPlan, name: str, new: int, batch: int, one_head: bool | None = None
     ):
-        self.generator, self.plan, self.name, self.new, self.batch = generator, plan, name, new, batch
-        self.one_head = batch == 1 if one_head is None else one_head
+        self.generator = generator.using(plan=plan, one_head=batch == 1 if one_head is None else one_head)
+        self.name, self.new, self.batch = name, new, batch
 
     def __call__(self, prompts: list[list[int]]) -> list[Completion]:
-        self.generator.plan, self.generator.one_head = self.plan, self.one_head
         return self.generator.complete(prompts, self.new, self.batch)
 
 
@@ -105,8 +104,8 @@ def main() -> None:
     parser.add_argument("--no-auto", action="store_true")
     a = parser.parse_args()
     if a.float32_weights:
-        products.narrow = generator_module.narrow = lambda x: x
-    generator = Generator.load(a.model, None, a.adapter)
+        native.narrow = forward.narrow = lambda x: x
+    generator = load(a.model, adapter=a.adapter)
     assert generator.shape is not None
     console, size = Console(width=130), a.batch_size
     domains = {
@@ -150,11 +149,11 @@ def main() -> None:
         table = Table("decoding", *columns, title=domain)
         for row in rows:
             done = found[row.name][0]
-            steps, tokens = sum(c.steps for c in done), sum(len(c.token_ids) for c in done)
+            steps = any(c.steps for c in done)
             own, theirs = speeds[row.name], speeds.get("transformers")
             table.add_row(
                 row.name,
-                f"{(tokens - len(done)) / steps:.2f}" if steps else "",
+                f"{tokens_per_step(done):.2f}" if steps else "",
                 f"{statistics.median(own):.0f}",
                 f"{_ratio(own, speeds[names[0]]):.2f}x",
                 f"{_ratio(own, theirs):.2f}x" if theirs else "",

@@ -18,32 +18,30 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mtp_jax.api import generator as generator_of
+from mtp_jax.cpu import fastest_forward
+from mtp_jax.data.prompts import read_prompts
 from mtp_jax.decoding.drafting import choose_drafts
-from mtp_jax.decoding.generator import Completion, Generator
-from mtp_jax.decoding.plan import linear, quadratic
+from mtp_jax.decoding.generator import Completion, tokens_per_step
+from mtp_jax.decoding.options import Options
+from mtp_jax.decoding.plan import linear, plain, quadratic
 from mtp_jax.errors import run_command
-from mtp_jax.generate import read_prompts
+from mtp_jax.model.base import Base, open_base
 from mtp_jax.model.decoder import Decoder
-from mtp_jax.model.folder import find_folder, load_params
-from mtp_jax.model.products import native, pack, times
-from mtp_jax.mtp.adapter_folder import find_adapter, load_adapter
-from mtp_jax.mtp.estimate import Continuations, Estimator, tokens_per_step
-from mtp_jax.mtp.sampler import init_sampler
+from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.weights import init_params, unstack_layers
+from mtp_jax.mtp.adapter import AdapterShape, init_adapter
+from mtp_jax.mtp.adapter_folder import Adapter, open_adapter
+from mtp_jax.mtp.estimate import Continuations, Estimator
+from mtp_jax.mtp.estimate import tokens_per_step as estimate_of
 
 _BATCH = 8
 
 
-def rate(done: list[Completion]) -> float:
-    """Tokens per step over all completions."""
-    return sum(len(c.token_ids) - 1 for c in done) / max(sum(c.steps for c in done), 1)
-
-
-def estimated(generator: Generator, model: str, adapter: str, texts: list[tuple[list[int], list[int]]]) -> Any:
+def estimated(base: Base, adapter: Adapter, texts: list[tuple[list[int], list[int]]]) -> Any:
     """Accepted prefixes of prompts with their continuations, in batches, and these continuations."""
-    folder = find_folder(model)
-    shape, trained = load_adapter(find_adapter(adapter), generator.g, folder)
-    frozen = {"params": load_params(folder, generator.g, jnp.dtype("float32"))}
-    run = jax.jit(Estimator(Decoder(generator.g), shape).accepted)
+    frozen = {"params": base.load(jnp.dtype("float32"))}
+    run = jax.jit(Estimator(Decoder(base.g), adapter.shape).accepted)
     found = []
     width = -(-max(len(a + b) for a, b in texts) // 128) * 128
     for at in range(0, len(texts), _BATCH):
@@ -52,7 +50,7 @@ def estimated(generator: Generator, model: str, adapter: str, texts: list[tuple[
         of = Continuations(rows, np.asarray([len(a) for a, _ in part]), np.asarray([len(a + b) for a, b in part]))
         count = len(texts[at : at + _BATCH])
         with jax.default_matmul_precision("highest"):
-            accepted = np.asarray(run(trained, frozen, of))
+            accepted = np.asarray(run(adapter.arrays, frozen, of))
         found.append((accepted[:count], Continuations(*(np.asarray(x)[:count] for x in of))))
     return (
         np.concatenate([accepted for accepted, _ in found]),
@@ -62,25 +60,26 @@ def estimated(generator: Generator, model: str, adapter: str, texts: list[tuple[
 
 def compare(a: argparse.Namespace) -> None:
     """Decode and estimate, print."""
-    generator = Generator.load(a.model, "float32", a.adapter)
-    assert generator.shape is not None
-    plans = [f(m) for m in (1, 2, 4, 8) if m <= generator.shape.masks for f in (linear, quadratic)]
+    base = open_base(a.model)
+    adapter = open_adapter(a.adapter, base)
+    generator = generator_of(base, Options(), jnp.dtype("float32"), (adapter.shape, adapter.arrays))
+    plans = [f(m) for m in (1, 2, 4, 8) if m <= adapter.shape.masks for f in (linear, quadratic)]
     table = Table("domain", "plan", "shortlist of 256", "whole vocabulary", "estimate", "identical")
     for file in a.prompts:
         prompts = [generator.encode(prompt, file) for prompt in read_prompts(file)[: a.count]]
 
         def run(plan: Any, shortlist: int | None, prompts: Any = prompts) -> list[Completion]:
-            generator.plan, generator.shortlist = plan, shortlist
-            return generator.complete(prompts, a.new_tokens, _BATCH)
+            return generator.using(plan=plan, shortlist=shortlist).complete(prompts, a.new_tokens, _BATCH)
 
-        plain = [c.token_ids for c in run(type(plans[0])((0,)), None)]
-        accepted, of = estimated(generator, a.model, a.adapter, list(zip(prompts, plain, strict=True)))
+        texts = [c.token_ids for c in run(plain(), None)]
+        accepted, of = estimated(base, adapter, list(zip(prompts, texts, strict=True)))
         for plan in plans:
             short, whole = run(plan, 256), run(plan, None)
-            same = sum(c.token_ids == d.token_ids == p for c, d, p in zip(short, whole, plain, strict=True))
-            estimate = "" if plan.floating else f"{tokens_per_step(accepted, of, plan.drafts):.3f}"
-            row = (f"{rate(short):.3f} ({rate(short) / rate(whole) - 1:+.1%})", f"{rate(whole):.3f}", estimate)
-            table.add_row(Path(file).stem, str(plan), *row, f"{same} of {len(plain)}")
+            ours, most = tokens_per_step(short), tokens_per_step(whole)
+            same = sum(c.token_ids == d.token_ids == p for c, d, p in zip(short, whole, texts, strict=True))
+            estimate = "" if plan.floating else f"{estimate_of(accepted, of, plan.drafts):.3f}"
+            row = (f"{ours:.3f} ({ours / most - 1:+.1%})", f"{most:.3f}", estimate)
+            table.add_row(Path(file).stem, str(plan), *row, f"{same} of {len(texts)}")
     console = Console(width=110)
     console.print(f"{a.model}, {a.count} prompts a domain, {a.new_tokens} new tokens, batch {_BATCH}")
     console.print(table)
@@ -90,39 +89,29 @@ def timed(a: argparse.Namespace) -> None:
     """Time the choice of one block's drafts, print."""
     V, D, M = a.vocabulary, a.width, a.masks
     dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    in_cpp = native()
-    table = jax.random.normal(jax.random.key(0), (V, D), jnp.bfloat16)
-    sampler = init_sampler(D, "residual", jnp.float32(1.0), jax.random.key(1))
-    sampler = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(dtype), sampler)
-    if in_cpp:  # as a Generator has them
-        first = sampler["linear_0"]["kernel"]
-        sampler["linear_0"]["kernel"] = (pack(first[:D]), pack(first[D:]))
-        sampler["linear_1"]["kernel"] = pack(sampler["linear_1"]["kernel"])
-    panels = pack(table.T.astype(dtype)) if in_cpp else None
-    latents = jax.random.normal(jax.random.key(2), (1, M, D), dtype)
-    behind = jnp.zeros(1, jnp.int32)
+    narrow = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
+    sizes = {"vocab_size": V, "hidden_size": D, "max_position_embeddings": 64, "tie_word_embeddings": True}
+    g = Geometry.from_config({"model_type": "llama", **sizes, **narrow})
+    shape = AdapterShape(M, 1, 2.0, ("q",), "residual")
+    forward = fastest_forward(Decoder(g, dtype, scanned=False), shape)
+    params = jax.tree.map(lambda x: x.astype(dtype), init_params(g, jax.random.key(0), jnp.bfloat16))
+    adapter = init_adapter(g, shape, params["embed"]["embedding"][:256], jax.random.key(1))
+    adapter = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), adapter)
+    variables = forward.prepare(unstack_layers(params), adapter)
+    latents, behind = jax.random.normal(jax.random.key(2), (1, M, D), dtype), jnp.zeros(1, jnp.int32)
 
-    def drafts(table: Any, panels: Any, sampler: Any, latents: Any, behind: Any, shortlist: int | None) -> Any:
-        def head(x: Any) -> Any:
-            if in_cpp:
-                return times(x, panels)
-            return jnp.einsum("...d,vd->...v", x, table.astype(dtype), preferred_element_type=jnp.float32)
+    def drafts(variables: Any, shortlist: int | None) -> Any:
+        return choose_drafts(forward, variables, latents, None, behind, shortlist, None)[0]
 
-        scores = None if shortlist is None else head(latents)
-        chosen = choose_drafts(
-            table, head, table, sampler, "residual", latents, scores, behind, shortlist, None, in_cpp
-        )
-        return chosen[0]
-
-    run = jax.jit(drafts, static_argnums=5)
+    run = jax.jit(drafts, static_argnums=1)
     console = Console(width=110)
-    how = f"{dtype}, bfloat16 weights{', in C++' if in_cpp else ''}"
+    how = f"{dtype}, bfloat16 weights, {type(forward).__name__}"
     console.print(f"{jax.devices()[0].device_kind}, V={V}, D={D}, M={M}, {how}: drafts of one block, batch 1")
     for shortlist in (256, None):
         seconds = []
         for _ in range(8):
             begin = time.perf_counter()
-            jax.block_until_ready(run(table, panels, sampler, latents, behind, shortlist))
+            jax.block_until_ready(run(variables, shortlist))
             seconds.append(time.perf_counter() - begin)
         name = "whole vocabulary" if shortlist is None else f"shortlist of {shortlist}"
         console.print(f"{name}: {1e3 * statistics.median(seconds[1:]):.2f} ms")

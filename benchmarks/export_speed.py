@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mtp_jax.data.prompts import read_prompts
 from mtp_jax.errors import run_command
-from mtp_jax.generate import read_prompts
 
 _TIE = 1e-4
 _STEPS_APART = 1e-3

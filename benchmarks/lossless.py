@@ -23,13 +23,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mtp_jax.decoding.generator import Completion, Generator, decoding_variables
+from mtp_jax.api import generator as generator_of
+from mtp_jax.data.prompts import read_prompts
+from mtp_jax.decoding.generator import Completion, Generator, tokens_per_step
+from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import parse_plan
 from mtp_jax.errors import run_command
-from mtp_jax.generate import read_prompts
-from mtp_jax.model.folder import find_folder, load_params
+from mtp_jax.model.base import Base, open_base
+from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import PROJECTIONS
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
+from mtp_jax.mtp.adapter_folder import open_adapter
 
 _PLANS = ["none", "linear:1", "linear:4", "linear:8", "quadratic:1", "quadratic:2", "quadratic:4"]
 _PLANS += ["blocks:3,2,1,1", "blocks:2,0,1"]
@@ -38,19 +42,17 @@ _TIE = 1e-4
 _ROOM = 160
 
 
-def load(model: str, adapter: str, dtype: str) -> Generator:
+def equipped(base: Base, adapter: str, dtype: str) -> Generator:
     """A generator with an adapter from a folder, or one of noise."""
+    options, kept = Options(), jnp.dtype(dtype)
     if adapter != "noise":
-        return Generator.load(model, dtype, adapter)
-    generator = Generator.load(model, dtype)
-    params = load_params(find_folder(model), generator.g, generator.dtype)
+        found = open_adapter(adapter, base)
+        return generator_of(base, options, kept, (found.shape, found.arrays))
     shape = AdapterShape(8, 8, 16.0, PROJECTIONS, "residual")
-    fresh = init_adapter(generator.g, shape, params["embed"]["embedding"], jax.random.key(0))
+    fresh = init_adapter(base.g, shape, base.load(kept)["embed"]["embedding"], jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(fresh))))
     noisy = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), fresh)
-    generator.shape = shape
-    generator.variables = decoding_variables(generator.g, params, noisy, shape, generator.dtype, kernels=True)
-    return generator
+    return generator_of(base, options, kept, (shape, noisy))
 
 
 def encoded(generator: Generator, files: list[str], spec_bench: str | None) -> list[list[int]]:
@@ -79,12 +81,9 @@ def encoded(generator: Generator, files: list[str], spec_bench: str | None) -> l
 class Gaps:
     """The gap between the two best logits of plain decoding behind a text."""
 
-    def __init__(self, generator: Generator, model: str):
-        self.g = generator.g
-        from mtp_jax.model.decoder import Decoder
-
-        self.model = Decoder(generator.g, jnp.dtype("float32"))
-        self.params = {"params": load_params(find_folder(model), generator.g, jnp.dtype("float32"))}
+    def __init__(self, base: Base):
+        self.g, self.model = base.g, Decoder(base.g, jnp.dtype("float32"))
+        self.params = {"params": base.load(jnp.dtype("float32"))}
         self.logits = jax.jit(self._logits)
 
     def _logits(self, tokens: jax.Array, at: jax.Array) -> jax.Array:
@@ -113,17 +112,18 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     a = parser.parse_args()
-    generator = load(a.model, a.adapter, a.dtype)
+    base = open_base(a.model)
+    generator = equipped(base, a.adapter, a.dtype)
     prompts = encoded(generator, a.prompts, a.spec_bench)[:: a.every]
-    gap = Gaps(generator, a.model)
+    gap = Gaps(base)
 
     def run(plan: str, size: int) -> list[Completion]:
-        generator.plan = parse_plan(plan)
+        planned = generator.using(plan=parse_plan(plan))
         by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]) // 128, i))  # fewer shapes, still ragged
         done: dict[int, Completion] = {}
         for at in track(range(0, len(prompts), size), f"{plan} x{size}", console=Console(stderr=True), transient=True):
             part = by_length[at : at + size]
-            done |= zip(part, generator.complete([prompts[i] for i in part], a.new_tokens, size), strict=True)
+            done |= zip(part, planned.complete([prompts[i] for i in part], a.new_tokens, size), strict=True)
         return [done[i] for i in range(len(prompts))]
 
     reference = [completion.token_ids for completion in run("none", 1)]
@@ -141,9 +141,8 @@ def main() -> None:
             ties.append(f"{plan}, batch {size}, prompt {i}, new token {first}: gap {size_of_gap:.1e}")
             wrong += a.dtype == "float32" and size_of_gap >= _TIE
         faults += wrong
-        new, steps = sum(len(c.token_ids) - 1 for c in done), max(sum(c.steps for c in done), 1)
         counts = (f"{len(done) - len(left)} of {len(done)}", str(len(left) - wrong), str(wrong))
-        table.add_row(plan, str(size), *counts, f"{new / steps:.2f}")
+        table.add_row(plan, str(size), *counts, f"{tokens_per_step(done):.2f}")
     console = Console(width=120)
     console.print(f"{a.model}, adapter {a.adapter}, {a.dtype}, {len(prompts)} prompts, {a.new_tokens} new tokens")
     console.print(table)

@@ -21,12 +21,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mtp_jax.decoding.generator import Generator, decoding_variables
+from mtp_jax.cpu import fastest_forward
+from mtp_jax.decoding.generator import Generator
 from mtp_jax.decoding.loop import Limits
+from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import BlockPlan, parse_plan
 from mtp_jax.errors import run_command
+from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.weights import PROJECTIONS, init_params
+from mtp_jax.model.weights import PROJECTIONS, init_params, unstack_layers
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
 
 
@@ -43,20 +46,20 @@ def bandwidth() -> float:
     return x.nbytes / min(times)
 
 
-def make(g: Geometry, masks: int, rank: int, dtype: Any) -> Generator:
+def make(g: Geometry, masks: int, rank: int, dtype: Any, options: Options) -> Generator:
     """A generator of random weights whose adapter has as many masks."""
     params = jax.jit(lambda key: init_params(g, key, jnp.bfloat16))(jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     shape = AdapterShape(masks, rank, 2.0 * rank, PROJECTIONS, "residual")
     adapter = init_adapter(g, shape, params["embed"]["embedding"][:256].astype(jnp.float32), jax.random.key(1))
     adapter = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), adapter)
-    variables = decoding_variables(g, params, adapter, shape, dtype, kernels=True)
-    return Generator(g, variables, None, (), dtype, shape)
+    forward = fastest_forward(Decoder(g, dtype, scanned=False), shape)
+    return Generator(forward, forward.prepare(unstack_layers(params), adapter), None, (), options)
 
 
 def step_seconds(generator: Generator, plan: BlockPlan, context: int, batch: int, steps: int, repeats: int) -> float:
     """Median seconds of one step behind `context` tokens."""
-    generator.plan = plan
+    generator = generator.using(plan=plan)
     slots = context + steps * (plan.drafts + 1) * (repeats + 2)
     programs = generator._compile(batch, context, slots, None)
     ids = np.random.default_rng(0).integers(1, generator.g.V, (batch, context)).astype(np.int32)
@@ -90,10 +93,10 @@ def main() -> None:
     a = parser.parse_args()
     g = Geometry.from_config(json.loads(a.config.read_text()))
     plans = [parse_plan(name) for name in a.plans]
-    generator = make(g, max(1, *(plan.block for plan in plans)), a.rank, jnp.dtype(a.dtype))
-    generator.shortlist, generator.one_head = a.shortlist or None, a.one_head
+    options = Options(shortlist=a.shortlist or None, one_head=a.one_head)
+    generator = make(g, max(1, *(plan.block for plan in plans)), a.rank, jnp.dtype(a.dtype), options)
     sizes = [(str(path), leaf.nbytes) for path, leaf in jax.tree.leaves_with_path(generator.variables)]
-    adapter = sum(s for path, s in sizes if any(part in path for part in ("'mtp'", "'lora'", "['a']", "['b']")))
+    adapter = sum(s for path, s in sizes if any(part in path for part in ("'mtp'", "loras", "['a']", "['b']")))
     tables = [size for path, size in sizes if any(part in path for part in ("embed'", "'head'"))]
     read = sum(size for _, size in sizes) - adapter - sum(tables) + tables[0]  # one whole table, that of the head
     cache = 2 * g.L * a.batch_size * g.K * g.H * a.context * jnp.dtype(a.dtype).itemsize

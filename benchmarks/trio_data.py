@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.data.sources import python_stdlib
+from mtp_jax.data.documents import python_stdlib
 
 Rows = Iterator[dict[str, Any]]
 

@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from mtp_jax.decoding.generator import Generator
+from mtp_jax.api import load
 from mtp_jax.decoding.plan import quadratic
 from mtp_jax.decoding.show import PassWriter
 from mtp_jax.model.attention import Keys, LayerCache, attend_blocks, visibility
@@ -363,7 +363,7 @@ DRAWINGS = {
 
 def completion() -> str:
     """A completion of the bundled model by its ready adapter, as the terminal shows it, in SVG."""
-    generator = Generator.load("bundled:stdlib-5m", "float32", "bundled:stdlib-5m", quadratic(4))
+    generator = load("bundled:stdlib-5m", adapter="bundled:stdlib-5m", plan=quadratic(4), dtype="float32")
     console = Console(record=True, width=100, file=io.StringIO(), highlight=False)
     writer = PassWriter(generator.tokenizer, console)
     [done] = generator([PROMPT], 96)

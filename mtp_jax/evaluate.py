@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mtp_jax.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from mtp_jax.data.examples import Example
+    from mtp_jax.data.documents import Document
 
 # What a model folder may hold: names and sha256 digests of the documents it was trained on.
 TRAINING_FILES = "training_files.json"
@@ -41,8 +41,8 @@ def main() -> None:
     import jax.numpy as jnp
 
     from mtp_jax.config import Source
-    from mtp_jax.data.pipeline import held_out_batches
-    from mtp_jax.data.sources import documents, split
+    from mtp_jax.data.held_out import held_out_batches
+    from mtp_jax.data.sources import source_documents, split
     from mtp_jax.model.decoder import Decoder
     from mtp_jax.model.folder import find_folder, load_params, load_tokenizer, read_geometry, read_json
     from mtp_jax.training.evaluation import make_evaluate
@@ -54,9 +54,9 @@ def main() -> None:
     if not 2 <= length <= g.max_positions:
         raise UserError(f"--sequence-length {length}: should be from 2 to the model's context of {g.max_positions}.")
     if arguments.text is None:
-        found = documents(Source(kind="python-stdlib"))
+        found = source_documents(Source(kind="python-stdlib"))
     else:
-        found = documents(Source(kind="text", path=arguments.text, separator=arguments.separator), "--text")
+        found = source_documents(Source(kind="text", path=arguments.text, separator=arguments.separator), "--text")
     share = arguments.held_out if arguments.held_out is not None else (0.05 if arguments.text is None else 1.0)
     _, held = split(found, share)
     trained = set(read_json(folder / TRAINING_FILES).values()) if (folder / TRAINING_FILES).is_file() else set()
@@ -85,7 +85,7 @@ def main() -> None:
     print(f"over {figures['tokens']} tokens in sequences of {length}")
 
 
-def _report(a: argparse.Namespace, documents: list["Example"], length: int) -> None:
+def _report(a: argparse.Namespace, documents: list["Document"], length: int) -> None:
     from rich.console import Console
 
     from mtp_jax.training.report import adapter_figures, plot, print_table

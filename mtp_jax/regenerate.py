@@ -1,22 +1,21 @@
 """`python -m mtp_jax.regenerate --config FILE [dotted.key=value ...]`: continue training documents with the base model.
 
-Writes the file that `data.continuations` of the config names. A run that was stopped goes on where it was.
+Writes the file that `data.continuations` of the config names. Run again after an interruption, it continues the file.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from mtp_jax.errors import UserError, run_command
 
 
 def main() -> None:
-    """Parse, continue, write."""
+    """Parse, continue, print."""
     parser = argparse.ArgumentParser(
         prog="python -m mtp_jax.regenerate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a training config with data.continuations")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="prompts decoded at a time")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="prompts decoded at a time (64)")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
@@ -29,66 +28,35 @@ def main() -> None:
         raise UserError(f"{arguments.config}: has no section data.continuations, which says what to write and where.")
 
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
-    from mtp_jax.data.continuations import choose_prompts, record
+    from mtp_jax.api import load
+    from mtp_jax.data.continuations import choose_prompts, count_written, write_continuations
     from mtp_jax.data.sources import read_sources
-    from mtp_jax.decoding.generator import Generator
 
-    console = Console(stderr=True)
-    out = Path(wanted.path).expanduser()
-    part = out.with_name(out.name + ".part")
-    found = out if out.exists() else part
     sources, _ = read_sources(config.data, continuations=False)
-    assert config.model.path is not None
-    generator = Generator.load(config.model.path, config.model.compute_dtype)
     weights = [source.weight for source in config.data.sources]
-    prompts = list(
-        choose_prompts(sources, weights, generator.tokenizer, wanted, generator.g.max_positions, config.seed)
-    )
-    lines = _whole_lines(found)
-    ours = len(lines) <= len(prompts) and all(
-        line["prompt"] == prompt.text for line, prompt in zip(lines, prompts, strict=False)
-    )
-    if found == out and not (ours and len(lines) == len(prompts)):
-        raise UserError(f"{out}: holds other continuations than this config asks for; remove it or name another file.")
-    if found == out:
+    assert config.model.path is not None
+    generator = load(config.model.path, dtype=config.model.compute_dtype)
+    tokenizer, context, seed = generator.tokenizer, generator.g.max_positions, config.seed
+    prompts = list(choose_prompts(sources, weights, tokenizer, wanted, context, seed))
+    out, console = Path(wanted.path).expanduser(), Console(stderr=True)
+    done = count_written(out, prompts)
+    if out.exists():
         print(f"continuations: {out} (already there)")
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done = len(lines) if ours else 0
-    with part.open("r+b" if done else "wb") as file:
-        if done:
-            console.print(f"{done} of {len(prompts)} continuations are there already", highlight=False)
-            file.truncate(sum(len(line) for line in part.read_bytes().splitlines(keepends=True)[:done]))
-            file.seek(0, 2)
-        batches = range(done, len(prompts), arguments.batch_size)
-        for at in track(batches, "regenerating", console=console, disable=not console.is_terminal):
-            batch = prompts[at : at + arguments.batch_size]
-            completions = generator.complete(
-                [prompt.tokens for prompt in batch], wanted.new_tokens, arguments.batch_size
-            )
-            for prompt, completion in zip(batch, completions, strict=True):
-                file.write(record(prompt, completion.token_ids, generator.tokenizer).encode())
-            file.flush()
-    part.rename(out)
+    if done:
+        console.print(f"{done} of {len(prompts)} continuations are there already", highlight=False)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("regenerating", total=len(prompts), completed=done)
+
+        def complete(batch: list[list[int]]) -> list[list[int]]:
+            completions = generator.complete(batch, wanted.new_tokens, arguments.batch_size)
+            progress.advance(bar, len(batch))
+            return [completion.token_ids for completion in completions]
+
+        write_continuations(out, prompts, tokenizer, complete, arguments.batch_size)
     print(f"continuations: {out}")
-
-
-def _whole_lines(path: Path) -> list[dict[str, str]]:
-    """The complete lines of a file that may have been cut anywhere."""
-    lines: list[dict[str, str]] = []
-    if not path.exists():
-        return lines
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            lines.append(json.loads(line) if line.endswith(b"\n") else {})
-        except ValueError:
-            break
-        if lines[-1].keys() != {"prompt", "completion"}:
-            lines.pop()
-            break
-    return lines
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from mtp_jax.data.sources import python_stdlib, split
-from mtp_jax.decoding.generator import Generator
+import mtp_jax
+from mtp_jax.data.documents import python_stdlib
+from mtp_jax.data.sources import split
 from mtp_jax.decoding.plan import quadratic
 from mtp_jax.evaluate import TRAINING_FILES, main
 from mtp_jax.model.folder import bundled_models, find_folder, stored_tensors
@@ -44,23 +45,22 @@ def test_digests_are_those_of_the_training_files_and_of_no_held_out_file():
 
 
 def test_it_completes_code():
-    generator = Generator.load("bundled:stdlib-5m", "float32")
+    generator = mtp_jax.load("bundled:stdlib-5m", dtype="float32")
     done = generator(["import os\n\n\ndef main("], max_new_tokens=16)[0]
     assert ")" in generator.text(done) and len(done.token_ids) == 16 and done.steps == 15
 
 
 def test_its_adapter_drafts_for_it():
-    generator = Generator.load("bundled:stdlib-5m", "float32", "bundled:stdlib-5m")
+    generator = mtp_jax.load("bundled:stdlib-5m", adapter="bundled:stdlib-5m", dtype="float32")
     prompt = ["import os\n\n\ndef read(path):\n    with open(path) as file:\n        "]
     (plain,) = generator(prompt, max_new_tokens=48)
-    generator.plan = quadratic(4)
-    (drafted,) = generator(prompt, max_new_tokens=48)
+    (drafted,) = generator.using(plan=quadratic(4))(prompt, max_new_tokens=48)
     assert drafted.token_ids == plain.token_ids and drafted.tokens_per_step > 1.5
     assert generator.shape.masks == 8
 
 
 def test_what_the_model_was_trained_on_is_left_out_under_any_name(monkeypatch, tmp_path, capsys):
-    from mtp_jax.data import sources
+    from mtp_jax.data import documents
 
     seen = next(d for d in python_stdlib() if d.name == "textwrap.py")
     if (
@@ -69,10 +69,10 @@ def test_what_the_model_was_trained_on_is_left_out_under_any_name(monkeypatch, t
     ):
         pytest.skip("this Python's textwrap.py is not the one that the model was trained on")
     names = [f"m{i}.py" for i in range(200)]
-    held = [name for name in names if sources.Document(name, tmp_path / name).draw < 0.05][:2]
+    held = [name for name in names if documents.FileDocument(name, tmp_path / name).draw < 0.05][:2]
     (tmp_path / held[0]).write_text(seen.text())
     (tmp_path / held[1]).write_text("x = 1\n" * 50)
-    monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(documents.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     monkeypatch.setattr(sys, "argv", ["evaluate", "--model", "bundled:stdlib-5m", "--json", "--batch-size", "1"])
     main()
     figures = json.loads(capsys.readouterr().out)

@@ -1,6 +1,6 @@
 """`python -m mtp_jax.data --config FILE [dotted.key=value ...]`: print what training would see, and write nothing.
 
-Counts and lengths of documents, padding, what is supervised, where blocks of masks stand, and some documents in colour.
+Counts and lengths of documents, padding, what is supervised, where blocks of masks are, and some documents in colour.
 """
 
 import argparse
@@ -15,7 +15,7 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a training config; see configs/")
     parser.add_argument("--all", action="store_true", help="read a whole epoch, not a sample")
-    parser.add_argument("--examples", type=int, default=3, metavar="N", help="documents to show (3)")
+    parser.add_argument("--examples", type=int, default=3, metavar="N", help="documents to print (3)")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     arguments = parser.parse_args()
     if arguments.examples < 0:
@@ -27,21 +27,20 @@ def main() -> None:
     from rich.console import Console
 
     from mtp_jax.data import preview
-    from mtp_jax.data.sources import read_sources
-    from mtp_jax.data.supervision import check_supervision
+    from mtp_jax.data.sources import check_supervision, read_sources
 
     console = Console(highlight=False)
     training, held_out = read_sources(config.data)
     tokenizer, origin = preview.preview_tokenizer(config, training)
     console.print(f"tokenizer: {origin}", markup=False)
     for line in check_supervision(training, tokenizer, config.train.sequence_length, config.data.too_long):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, markup=False)
     sequences = preview.survey_sequences(config, training, tokenizer, arguments.all)
     batch, names = next(sequences)
-    console.print(preview.sources_table(preview.survey_sources(config, training, tokenizer, arguments.all)))
+    for source in preview.survey_sources(config, training, tokenizer, arguments.all):
+        preview.print_lines(source.name, preview.source_lines(source), console)
     console.print(f"held out: {len(held_out):,} documents")
-    for line in preview.sequence_lines(config, *next(sequences)):
-        console.print(line, soft_wrap=True)
+    preview.print_lines("sequences", preview.sequence_lines(config, *next(sequences)), console)
     if arguments.examples:
         preview.print_documents(batch, names, tokenizer, arguments.examples, console)
 

@@ -1,4 +1,4 @@
-"""Packing: whole documents side by side in sequences of T rows, so that little is left empty."""
+"""Packing: whole documents side by side in sequences of T rows, with little padding."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -10,9 +10,9 @@ from mtp_jax.mtp.blocks import choose_anchors
 Arrays = dict[str, np.ndarray]
 TooLong = Literal["split", "cut", "drop"]
 
-# Pieces to choose from. Of 20,000 lengths drawn evenly from 1 to T, 2.8% of the rows stay empty with 64, 4.3% with 32.
+# Pieces to choose from. With 20,000 lengths drawn evenly from 1 to T, 2.8% of the rows are padding; with 32, 4.3%.
 _CHOICE = 64
-_FRUITLESS = 10_000  # documents in a row that give nothing to train on, before giving up
+_FRUITLESS = 10_000  # consecutive documents with nothing to train on, before giving up
 
 
 class Prepared(NamedTuple):
@@ -23,12 +23,12 @@ class Prepared(NamedTuple):
 
 
 def prepare(rows: Arrays, length: int, too_long: TooLong) -> Prepared:
-    """A document's rows in pieces of at most `length`; a piece without a supervised row is left out.
+    """Divide a document's rows into pieces of at most `length`; a piece without a supervised row is dropped.
 
     Args:
         rows: [n] arrays, `supervised` among them. The last row has no label, so n = T + 1 fits.
         length: T.
-        too_long: Whether a longer document is split into pieces, cut, or dropped.
+        too_long: Whether a longer document is split into pieces, cut off, or dropped.
     """
     n = len(rows["supervised"])
     if fits := n <= length + 1:
@@ -42,12 +42,12 @@ def prepare(rows: Arrays, length: int, too_long: TooLong) -> Prepared:
 
 
 class LaneState(NamedTuple):
-    """Where a lane is: all that its next sequences depend on."""
+    """How far a lane is: all that its next sequences depend on."""
 
     next: int = 0  # number of the document that is read next
     pending: tuple[tuple[int, int], ...] = ()  # pieces not yet packed: document and place in it, oldest first
-    too_long: int = 0  # documents met that were longer than a sequence
-    unused: int = 0  # documents met that gave nothing to train on
+    too_long: int = 0  # documents so far that were longer than a sequence
+    unused: int = 0  # documents so far that gave nothing to train on
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> "LaneState":
@@ -60,9 +60,9 @@ class LaneState(NamedTuple):
 
 
 class Lane:
-    """One of the batch's sequences, step after step: it packs its own documents and depends on no other lane.
+    """One of the batch's sequences, step after step: it packs documents of its own and depends on no other lane.
 
-    The oldest piece comes first, then always the longest that still fits.
+    The oldest piece comes first, then repeatedly the longest that still fits.
     """
 
     def __init__(self, documents: Any, length: int, anchors: int | None, state: LaneState, ahead: Any):
@@ -71,7 +71,7 @@ class Lane:
             documents: A grain.MapDataset of `Prepared`, endless.
             length: T.
             anchors: How many to choose for a sequence where documents have `hashes`; None for all.
-            state: Where to go on.
+            state: Where to continue.
             ahead: grain.ReadOptions.
         """
         self.length, self.anchors, self.state = length, anchors, state
@@ -81,7 +81,7 @@ class Lane:
         self.reader = iter(documents[state.next :].to_iter_dataset(ahead))
 
     def snapshot(self) -> LaneState:
-        """The state behind the last row that was taken."""
+        """The state after the last sequence that was taken."""
         return self.state._replace(pending=tuple((document, place) for document, place, _ in self.pending))
 
     def _refill(self) -> None:
@@ -98,9 +98,9 @@ class Lane:
             fruitless = fruitless + 1 if unused else 0
             if fruitless == _FRUITLESS:
                 raise UserError(
-                    f"{_FRUITLESS:,} documents in a row gave nothing to train on: they are longer than "
+                    f"{_FRUITLESS:,} consecutive documents gave nothing to train on: they are longer than "
                     f"train.sequence_length={self.length} and data.too_long drops them, or none of their tokens is "
-                    "to be predicted."
+                    "supervised."
                 )
 
     def take(self) -> Arrays:
@@ -120,7 +120,7 @@ class Lane:
 
 
 def join(pieces: list[Arrays], length: int, anchors: int | None) -> Arrays:
-    """Pieces side by side, numbered from 1 in `segments`, with padding behind them and anchors chosen by hash."""
+    """Pieces side by side, numbered from 1 in `segments`, then padding; with anchors where rows have `hashes`."""
     sizes = [len(piece["supervised"]) for piece in pieces]
     empty = (0, length - sum(sizes))
     rows = {name: np.pad(np.concatenate([piece[name] for piece in pieces]), empty) for name in pieces[0]}

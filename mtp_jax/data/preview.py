@@ -1,5 +1,6 @@
 """What training would see: figures of a config's documents and sequences, and a few documents in colour."""
 
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -7,56 +8,55 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from mtp_jax import storage
 from mtp_jax.config import Config, TokenizerRecipe
-from mtp_jax.data.encoding import Encoder
-from mtp_jax.data.examples import Example
-from mtp_jax.data.pipeline import Batch, anchors_of, training_batches
-from mtp_jax.data.streams import Documents, Stream
+from mtp_jax.data.batches import Batch, anchors_of, training_batches
+from mtp_jax.data.datasets import SourceDocuments, Stream
+from mtp_jax.data.documents import Document
 from mtp_jax.data.tokenizer import train_tokenizer
+from mtp_jax.data.tokens import Encoder
 from mtp_jax.errors import UserError
 from mtp_jax.model.folder import SETTINGS, find_folder, load_tokenizer, read_geometry
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.storage import local
 
-_SAMPLE = 500  # documents of a source that are looked at, spread evenly over it
-_BATCHES = 16  # batches that are looked at
-_SHOWN = 240  # tokens of a document that are shown
+_SAMPLE = 500  # documents of a source that are counted, spread evenly over it
+_BATCHES = 16  # batches that are counted
+_SHOWN = 240  # tokens of a document that are printed
 
 
 @dataclass
 class SourceFigures:
-    """Documents of one source, as far as they were looked at."""
+    """Documents of one source, from a sample or from all of them."""
 
-    name: str
+    name: str  # after its place in the config
     documents: int | None  # None for a stream
     share: float  # of the mixture
-    tokens: list[int] = field(default_factory=list)  # of each document looked at
-    supervised: int = 0  # tokens that are to be predicted
-    too_long: int = 0
+    tokens: list[int] = field(default_factory=list)  # of each document of the sample
+    supervised: int = 0  # tokens
+    too_long: int = 0  # documents
 
 
 @dataclass
 class SequenceFigures:
-    """Sequences that were looked at."""
+    """Sequences of the first batches, or of a whole epoch."""
 
     sequences: int = 0
     rows: int = 0
-    padding: int = 0
-    supervised: int = 0
+    padding: int = 0  # rows
+    supervised: int = 0  # rows
     segments: int = 0
     anchors: int = 0
     places: int = 0  # for anchors
 
 
-def preview_tokenizer(config: Config, training: list[Documents]) -> tuple[Any, str]:
-    """The tokenizer that a run would use, without writing anything, and where it is from.
+def preview_tokenizer(config: Config, training: list[SourceDocuments]) -> tuple[Any, str]:
+    """The tokenizer that a run would use and where it comes from; writes nothing and needs no weights.
 
     Raises:
-        UserError: a folder or tokenizer that does not do.
+        UserError: a folder or tokenizer that cannot be used.
     """
     if config.model.path is not None:
         folder = find_folder(config.model.path, patterns=SETTINGS)
@@ -73,13 +73,14 @@ def preview_tokenizer(config: Config, training: list[Documents]) -> tuple[Any, s
     return train_tokenizer(texts, recipe.vocabulary), f"trained now, {recipe.vocabulary} tokens"
 
 
-def survey_sources(config: Config, training: list[Documents], tokenizer: Any, every: bool) -> list[SourceFigures]:
-    """Figures of each source, from a sample or from `every` document of an epoch."""
+def survey_sources(config: Config, training: list[SourceDocuments], tokenizer: Any, every: bool) -> list[SourceFigures]:
+    """Figures of each source, from a sample or from `every` document."""
     encode, T = Encoder(tokenizer), config.train.sequence_length
     if config.data.continuations is not None:
-        names, weights = [config.data.continuations.path], [1.0]
+        names, weights = [f"data.continuations: {config.data.continuations.path}"], [1.0]
     else:
-        names = [source.name or source.path or source.kind for source in config.data.sources]
+        given = [source.name or source.path or source.kind for source in config.data.sources]
+        names = [f"data.sources.{i}: {name}" for i, name in enumerate(given)]
         weights = [source.weight for source in config.data.sources]
     figures = []
     for source, name, weight in zip(training, names, weights, strict=True):
@@ -94,22 +95,22 @@ def survey_sources(config: Config, training: list[Documents], tokenizer: Any, ev
     return figures
 
 
-def _chosen(source: Documents, every: bool) -> Iterable[Example]:
+def _chosen(source: SourceDocuments, every: bool) -> Iterable[Document]:
     if isinstance(source, Stream):
         return islice(source, None if every else _SAMPLE)
     count = len(source) if every else min(_SAMPLE, len(source))
     return (source[n * len(source) // count] for n in range(count))
 
 
-def survey_sequences(config: Config, training: list[Documents], tokenizer: Any, every: bool) -> Iterator[Any]:
-    """First the first batch with the names of its documents; then `SequenceFigures` and the counts of documents.
+def survey_sequences(config: Config, training: list[SourceDocuments], tokenizer: Any, every: bool) -> Iterator[Any]:
+    """Yields the first batch with the names of its documents, then `SequenceFigures` with the counts of documents.
 
     Raises:
-        UserError: a stream where `every` document of an epoch is asked for, documents that give nothing.
+        UserError: a stream where `every` document of an epoch is wanted, documents that give nothing to train on.
     """
     streams = [i for i, source in enumerate(training) if isinstance(source, Stream)]
     if every and streams:
-        raise UserError(f"--all reads a whole epoch, and data.sources.{streams[0]} is a stream: leave one of them out.")
+        raise UserError(f"--all reads a whole epoch, and data.sources.{streams[0]} is a stream: leave out one of them.")
     weights = [1.0] if config.data.continuations else [source.weight for source in config.data.sources]
     train = config.train
     batches, names = training_batches(
@@ -147,86 +148,86 @@ def _add(figures: SequenceFigures, batch: Batch) -> None:
 # ---- in print
 
 
-def sources_table(sources: list[SourceFigures]) -> Table:
-    """One line for each source."""
-    table = Table(title="documents", title_justify="left")
-    for name in ("source", "to train on", "looked at", "share", "tokens 10%", "50%", "90%", "longest"):
-        table.add_column(name, justify="left" if name == "source" else "right")
-    for name in ("supervised", "too long"):
-        table.add_column(name, justify="right")
-    for source in sources:
-        lengths = np.asarray(source.tokens or [0])
-        table.add_row(
-            source.name,
-            "streamed" if source.documents is None else f"{source.documents:,}",
-            f"{len(source.tokens):,}",
-            f"{source.share:.1%}",
-            *(f"{int(np.quantile(lengths, q)):,}" for q in (0.1, 0.5, 0.9, 1.0)),
-            f"{source.supervised / max(1, lengths.sum()):.1%}",
-            f"{source.too_long / max(1, len(source.tokens)):.1%}",
-        )
-    return table
+def source_lines(source: SourceFigures) -> dict[str, str]:
+    """Label -> what the documents of a source are."""
+    lengths = np.asarray(source.tokens or [0])
+    low, median, high, longest = (f"{int(np.quantile(lengths, q)):,}" for q in (0.1, 0.5, 0.9, 1.0))
+    number = "streamed" if source.documents is None else f"{source.documents:,} to train on"
+    sample = "all" if len(source.tokens) == source.documents else f"{len(source.tokens):,}"
+    return {
+        "documents": f"{number}, {source.share:.1%} of the mixture; figures from {sample} of them",
+        "tokens": f"10% {low}, median {median}, 90% {high}, longest {longest}",
+        "supervised": f"{source.supervised / max(1, lengths.sum()):.1%} of tokens",
+        "too long": f"{source.too_long / max(1, len(source.tokens)):.1%} of documents",
+    }
 
 
-def sequence_lines(config: Config, figures: SequenceFigures, counts: dict[str, int]) -> list[str]:
-    """What the sequences hold, and what became of documents."""
+def sequence_lines(config: Config, figures: SequenceFigures, counts: dict[str, int]) -> dict[str, str]:
+    """Label -> what the sequences hold and what became of the documents."""
     done = {"split": "split into pieces", "cut": "cut", "drop": "dropped"}[config.data.too_long]
-    lines = [
-        f"sequences: {figures.sequences:,} of {config.train.sequence_length} looked at, with "
-        f"{figures.segments / figures.sequences:.1f} documents or pieces each",
-        f"padding: {figures.padding / figures.rows:.2%} of their rows; supervised: "
-        f"{figures.supervised / figures.rows:.1%}",
-        f"documents read for them: {counts['documents']:,}; longer than a sequence: {counts['too_long']:,} ({done}); "
-        f"with nothing to train on: {counts['unused']:,}",
-    ]
+    lines = {
+        "packed": f"{figures.sequences:,} of {config.train.sequence_length} rows, each of "
+        f"{figures.segments / figures.sequences:.1f} documents or pieces",
+        "padding": f"{figures.padding / figures.rows:.2%} of rows",
+        "supervised": f"{figures.supervised / figures.rows:.1%} of rows",
+        "documents": f"{counts['documents']:,} read, {counts['too_long']:,} longer than a sequence ({done}), "
+        f"{counts['unused']:,} with nothing to train on",
+    }
     if figures.places:
         share = figures.anchors / figures.places
-        lines.append(f"anchors: {figures.anchors / figures.sequences:.1f} in a sequence, {share:.1%} of their places")
+        lines["anchors"] = f"{figures.anchors / figures.sequences:.1f} per sequence, {share:.1%} of their places"
     return lines
 
 
+def print_lines(title: str, lines: dict[str, str], console: Console) -> None:
+    """A block of labelled lines, wrapped at the width of the terminal."""
+    console.print(Text(title, "bold", overflow="fold"))
+    for label, line in lines.items():
+        filled = textwrap.fill(f"  {label:<10}  {line}", console.width, subsequent_indent=" " * 14)
+        console.print(filled, markup=False, soft_wrap=True)
+
+
 def print_documents(batch: Batch, names: Any, tokenizer: Any, count: int, console: Console) -> None:
-    """The first documents of a batch, sequence after sequence."""
+    """The first documents of a batch, sequence after sequence, wrapped at the width of the terminal."""
     plain = console.color_system is None
     console.print(
         Text.assemble(
-            "context is ",
             ("dim", "dim"),
-            ", what is predicted is ",
+            " is context, ",
             ("green", "green"),
-            "; a block of masks stands behind a ",
+            " is supervised; a block of masks stands behind a ",
             ("token", "reverse"),
             "",
         )
         if not plain
-        else "what is predicted stands in «»; a block of masks stands behind a token with ^"
+        else "«» encloses what is supervised; a block of masks stands behind a token with ^"
     )
     shown = 0
-    for row, segments in enumerate(batch["segments"]):
+    for sequence, segments in enumerate(batch["segments"]):
         for segment in range(1, int(segments.max()) + 1):
             if shown == count:
                 return
-            inside = np.flatnonzero(segments == segment)
-            name = names[batch["documents"][row][inside[0]]].name
-            console.rule(Text(f"{name}, {len(inside)} rows of sequence {row}"), align="left")
-            console.print(_document(batch, row, inside, tokenizer, plain), soft_wrap=True)
+            rows = np.flatnonzero(segments == segment)
+            name = names[batch["documents"][sequence][rows[0]]].name
+            console.rule(Text(f"{name}, {len(rows)} rows of sequence {sequence}"), align="left")
+            console.print(_document(batch, sequence, rows, tokenizer, plain), overflow="fold")
             shown += 1
 
 
-def _document(batch: Batch, row: int, inside: np.ndarray, tokenizer: Any, plain: bool) -> Text:
-    supervised = batch["supervised"][row]
-    predicted = np.append(False, supervised[inside[:-1]])  # a token is what the row before it predicts
-    anchors = set(batch["anchors"][row].tolist()) if "anchors" in batch else set()
+def _document(batch: Batch, sequence: int, rows: np.ndarray, tokenizer: Any, plain: bool) -> Text:
+    supervised = batch["supervised"][sequence]
+    predicted = np.append(False, supervised[rows[:-1]])  # a token is what the row before it predicts
+    anchors = set(batch["anchors"][sequence].tolist()) if "anchors" in batch else set()
     first = int(np.argmax(predicted)) if predicted.any() else 0
-    start = max(0, min(first - _SHOWN // 4, len(inside) - _SHOWN))
+    start = max(0, min(first - _SHOWN // 4, len(rows) - _SHOWN))
     text = Text("..." if start else "")
-    for place in range(start, min(len(inside), start + _SHOWN)):
+    for place in range(start, min(len(rows), start + _SHOWN)):
         if plain and predicted[place] and not (place > start and predicted[place - 1]):
             text.append("«")
-        token = tokenizer.decode([int(batch["tokens"][row][inside[place]])], clean_up_tokenization_spaces=False)
-        anchored = inside[place] in anchors
+        token = tokenizer.decode([int(batch["tokens"][sequence][rows[place]])], clean_up_tokenization_spaces=False)
+        anchored = rows[place] in anchors
         style = ("green" if predicted[place] else "dim") + (" reverse" if anchored else "")
         text.append(token + ("^" if plain and anchored else ""), style)
-        if plain and predicted[place] and (place + 1 == len(inside) or not predicted[place + 1]):
+        if plain and predicted[place] and (place + 1 == len(rows) or not predicted[place + 1]):
             text.append("»")
-    return text.append("..." if start + _SHOWN < len(inside) else "")
+    return text.append("..." if start + _SHOWN < len(rows) else "")

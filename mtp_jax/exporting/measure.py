@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from mtp_jax.data.prompts import read_prompts
 from mtp_jax.decoding.generator import Generator
 from mtp_jax.decoding.plan import parse_plan
 from mtp_jax.errors import UserError
-from mtp_jax.generate import read_prompts
 
 PLANS = ("linear:4", "quadratic:1", "quadratic:2", "quadratic:4", "quadratic:8")
 PROMPTS, NEW_TOKENS = 16, 128

@@ -11,8 +11,8 @@ import yaml
 from mtp_jax.config import Config
 from mtp_jax.config_file import dump
 from mtp_jax.errors import FULL_DISK, UserError
-from mtp_jax.storage import BucketLock
 from mtp_jax.runs.folder import RunFolder
+from mtp_jax.storage import BucketLock
 
 # A run may continue with other values of these; anything else would change what it computes.
 FREE = ("output_dir", "checkpoints", "logging", "compilation_cache", "mesh")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Config, TokenizerRecipe
-from mtp_jax.data.streams import Documents
+from mtp_jax.data.datasets import SourceDocuments
 from mtp_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.model.folder import (
@@ -75,7 +75,7 @@ def check_base(config: Config) -> Any | None:
     return tokenizer
 
 
-def find_base(config: Config, training: list[Documents], run: RunFolder) -> Base:
+def find_base(config: Config, training: list[SourceDocuments], run: RunFolder) -> Base:
     """Read geometry and tokenizer; a new model's tokenizer is trained on the training documents, once per run.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.data.pipeline import Batch
+from mtp_jax.data.batches import Batch
 from mtp_jax.training.next_token import NextToken
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtp_jax.data.pipeline import Batch
-from mtp_jax.model.decoder import Decoder, head
+from mtp_jax.data.batches import Batch
 from mtp_jax.model.chunks import sum_over_chunks
+from mtp_jax.model.decoder import Decoder, head
 from mtp_jax.mtp.vocabulary import cross_entropy_sums, rows_at_a_time
 from mtp_jax.sharding import place
 from mtp_jax.training.step import Metrics

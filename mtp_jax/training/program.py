@@ -11,7 +11,7 @@ from flax.traverse_util import unflatten_dict
 
 from mtp_jax import sharding
 from mtp_jax.config import Config
-from mtp_jax.data.pipeline import Anchors, anchors_of
+from mtp_jax.data.batches import Anchors, anchors_of
 from mtp_jax.errors import UserError
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
@@ -132,7 +132,7 @@ def adapter_shape(config: Config) -> AdapterShape:
 
 
 def batch_shapes(config: Config, mesh: jax.sharding.Mesh, anchors: Anchors | None) -> dict[str, Any]:
-    """What of a batch goes to the devices (`data.pipeline.Batch`)."""
+    """What of a batch goes to the devices (`data.batches.Batch`)."""
     B, T = config.train.batch_size, config.train.sequence_length
     spread = sharding.batch_sharding(mesh)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mtp_jax.config import Config
-from mtp_jax.data.pipeline import Batch
+from mtp_jax.data.batches import Batch
 from mtp_jax.errors import UserError
 from mtp_jax.runs.journal import Journal, Trackers
 from mtp_jax.runs.progress import ProgressBar

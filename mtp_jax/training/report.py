@@ -9,8 +9,8 @@ from rich.table import Table
 
 from mtp_jax import sharding
 from mtp_jax.config_file import validate
-from mtp_jax.data.examples import Example
-from mtp_jax.data.pipeline import held_out_batches
+from mtp_jax.data.documents import Document
+from mtp_jax.data.held_out import held_out_batches
 from mtp_jax.mtp.adapter_folder import find_adapter, read_shape
 from mtp_jax.runs.folder import RunFolder
 from mtp_jax.training.base import find_base
@@ -21,7 +21,7 @@ from mtp_jax.training.tasks import MultiTokenTask
 def adapter_figures(
     model: str,
     adapter: str,
-    documents: list[Example],
+    documents: list[Document],
     sequence_length: int,
     batch_size: int,
     batches: int | None,

@@ -13,9 +13,9 @@ import numpy as np
 
 from mtp_jax import sharding, storage
 from mtp_jax.config import Config
-from mtp_jax.data.pipeline import Batch, held_out_batches, training_batches
-from mtp_jax.data.sources import read_sources
-from mtp_jax.data.supervision import check_supervision
+from mtp_jax.data.batches import Batch, training_batches
+from mtp_jax.data.held_out import held_out_batches
+from mtp_jax.data.sources import check_supervision, read_sources
 from mtp_jax.errors import Interrupted, UserError, warn
 from mtp_jax.model.folder_writer import parameter_count, whole_or_absent
 from mtp_jax.runs import processes
@@ -91,7 +91,7 @@ def train(config: Config) -> str:
             config.seed,
             program.anchors,
             too_long=too_long,
-            rows=rows,
+            sequences=rows,
         )
 
         # ---- state
@@ -122,7 +122,7 @@ def train(config: Config) -> str:
                 config.train.sequence_length,
                 config.evaluation.batches,
                 program.anchors,
-                rows=rows,
+                sequences=rows,
             )
             return {f"held_out_{name}": value for name, value in task.evaluate(state.trained, held).items()}
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import Config
-from mtp_jax.data.encoding import Encoder
-from mtp_jax.data.examples import Example
-from mtp_jax.data.pipeline import Batch
+from mtp_jax.data.batches import Batch
+from mtp_jax.data.documents import Document
+from mtp_jax.data.held_out import held_out_prompts
 from mtp_jax.decoding.loop import Decoding, Limits
 from mtp_jax.decoding.plan import BlockPlan
 from mtp_jax.errors import UserError
@@ -125,7 +125,7 @@ class MultiTokenTask:
             figures["tokens_per_step"] = table(accepted, self.continuations, self.shape.masks)
         return figures
 
-    def choose_prompts(self, documents: list[Example]) -> None:
+    def choose_prompts(self, documents: list[Document]) -> None:
         """Fix the held-out prompts that tokens per step are estimated on, continued greedily by the base model."""
         e = self.config.evaluation
         limit = min(e.prompt_tokens + e.new_tokens, self.base.g.max_positions)
@@ -187,23 +187,6 @@ def check_adapter(config: Config) -> None:
             faults.append(f"{key}={here!r} differs from {there!r}, which model.adapter was trained with.")
     if faults:
         raise UserError(*faults)
-
-
-def held_out_prompts(documents: list[Example], tokenizer: Any, count: int, length: int) -> list[list[int]]:
-    """`count` prompts of `length` tokens from held-out documents, one each.
-
-    Each ends before a token that is to be predicted; a hash of the document's name says which.
-    """
-    encode, prompts = Encoder(tokenizer), []
-    for document in sorted(documents, key=lambda document: document.draw):
-        tokens, supervised, _ = encode(document)
-        ends = length + np.flatnonzero(supervised[length:])
-        if len(ends) > length:
-            end = ends[int(document.draw * 1e9) % len(ends)]
-            prompts.append(tokens[end - length : end].tolist())
-        if len(prompts) == count:
-            break
-    return prompts
 
 
 def plain(value: Any) -> Any:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from conftest import listing, read_lines
 
+from mtp_jax.api import load
 from mtp_jax.config import Continuations, Data
 from mtp_jax.config_file import validate
-from mtp_jax.data.continuations import choose_prompts, read_continuations
-from mtp_jax.data.encoding import Encoder
-from mtp_jax.data.examples import Completion, Conversation, Example, Text
-from mtp_jax.data.sources import read_sources
-from mtp_jax.decoding.generator import Generator
+from mtp_jax.data.continuations import Prompt, choose_prompts, count_written, read_continuations, write_continuations
+from mtp_jax.data.documents import Completion, Conversation, Document, Text
+from mtp_jax.data.sources import read_sources, source_documents
+from mtp_jax.data.tokens import Encoder
 from mtp_jax.errors import UserError
 from mtp_jax.training.run import train
 
@@ -22,8 +22,8 @@ CHAT = (
 )
 
 
-class Given(Example):
-    """An example that holds its content."""
+class Given(Document):
+    """A document that holds its content."""
 
     def __init__(self, name, content):
         self.name, self.held = name, content
@@ -49,9 +49,9 @@ def tree(make_tree, tmp_path, small_folder):
 
 
 def prompts_of(contents, tokenizer, count, context=64, **more):
-    examples = [Given(f"{i}", content) for i, content in enumerate(contents)]
+    documents = [Given(f"{i}", content) for i, content in enumerate(contents)]
     wanted = Continuations(path="unused", count=count, **more)
-    return list(choose_prompts([examples], [1.0], tokenizer, wanted, context, seed=0))
+    return list(choose_prompts([documents], [1.0], tokenizer, wanted, context, seed=0))
 
 
 def test_a_file_holds_what_the_base_model_goes_on_with(command, write_config, tree, small_folder):
@@ -59,7 +59,7 @@ def test_a_file_holds_what_the_base_model_goes_on_with(command, write_config, tr
     assert outcome.code == 0, outcome
     lines = read_lines(tree["data"]["continuations"]["path"])
     assert len(lines) == 7
-    generator = Generator.load(str(small_folder))
+    generator = load(str(small_folder))
     training, held_out = read_sources(Data(**{**tree["data"], "continuations": None}))
     texts = [document.text() for document in training[0]]
     for line in lines:
@@ -70,7 +70,7 @@ def test_a_file_holds_what_the_base_model_goes_on_with(command, write_config, tr
     assert not any(line["prompt"] in document.text() for line in lines for document in held_out)
 
 
-def test_a_run_that_was_cut_off_goes_on_and_a_finished_one_stays(command, write_config, tree, tmp_path):
+def test_a_file_that_was_cut_off_is_continued_and_a_finished_one_stays(command, write_config, tree, tmp_path):
     config, folder = write_config(tree), tmp_path / "made"
     assert command("regenerate", "--config", config, "--batch-size", 3).code == 0
     (whole,) = listing(folder).values()
@@ -94,6 +94,41 @@ def test_another_files_continuations_are_not_overwritten(command, write_config, 
     assert listing(folder) == before
 
 
+def numbered(count):
+    return [Prompt(f"p{i}", [i]) for i in range(count)]
+
+
+class Letters:
+    """Turns a token into a letter."""
+
+    @staticmethod
+    def decode(ids, **_):
+        return "".join(chr(97 + number) for number in ids)
+
+
+def test_a_file_is_called_otherwise_until_it_is_whole(tmp_path):
+    out, prompts, asked = tmp_path / "deep" / "made.jsonl", numbered(5), []
+
+    def complete(batch):
+        asked.append([number for (number,) in batch])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return [[number, number] for (number,) in batch]
+
+    with pytest.raises(KeyboardInterrupt):
+        write_continuations(out, prompts, Letters, complete, 2)
+    assert list(listing(out.parent)) == ["made.jsonl.part"] and count_written(out, prompts) == 2
+    assert count_written(out, numbered(5)[::-1]) == 0  # of other prompts
+    write_continuations(out, prompts, Letters, complete, 2)
+    assert asked == [[0, 1], [2, 3], [2, 3], [4]] and list(listing(out.parent)) == ["made.jsonl"]
+    assert read_lines(out) == [{"prompt": f"p{i}", "completion": letter * 2} for i, letter in enumerate("abcde")]
+    write_continuations(out, prompts, Letters, complete, 2)
+    assert len(asked) == 4
+    for others in (prompts[:4], numbered(6), prompts[::-1]):
+        with pytest.raises(UserError, match="holds other continuations"):
+            count_written(out, others)
+
+
 @pytest.mark.slow
 def test_training_reads_them_and_evaluates_on_held_out_documents(command, write_config, tree):
     assert command("regenerate", "--config", write_config(tree)).code == 0
@@ -105,8 +140,8 @@ def test_training_reads_them_and_evaluates_on_held_out_documents(command, write_
 def test_only_the_continuation_is_supervised_and_nothing_is_added(tmp_path, small_tokenizer):
     file = tmp_path / "made.jsonl"
     file.write_text(json.dumps({"prompt": "the cat", "completion": " sat on the mat"}) + "\n")
-    (example,) = read_continuations(Continuations(path=str(file)))
-    tokens, supervised, _ = Encoder(small_tokenizer)(example)
+    (document,) = read_continuations(Continuations(path=str(file)))
+    tokens, supervised, _ = Encoder(small_tokenizer)(document)
     ids = small_tokenizer("the cat sat on the mat")["input_ids"]
     assert tokens.tolist() == ids
     inside = len(small_tokenizer("the cat")["input_ids"])
@@ -129,12 +164,20 @@ def test_conversations_end_where_the_assistant_speaks(small_tokenizer, monkeypat
     assert chosen == {first, f"{first}the mat\nuser:\nsat\nassistant:\n"}
 
 
-def test_prompts_too_short_or_too_long_are_passed_over(small_tokenizer):
+def test_prompts_too_short_or_too_long_are_skipped(small_tokenizer):
     contents = [Text("cat"), Text("the cat sat on the mat"), Completion("the " * 200, "mat")]
     prompts = prompts_of(contents, small_tokenizer, 4, prompt_tokens=3)
     assert len(prompts) == 4 and all(prompt.text in contents[1].text for prompt in prompts)
     with pytest.raises(UserError, match="prompt_tokens=30 tokens"):
         prompts_of(contents[::2], small_tokenizer, 1, prompt_tokens=30)
+
+
+def test_prompts_are_taken_from_a_stream_in_order(jsonl, small_tokenizer):
+    texts = [f"the cat {i} sat on the mat" * (1 + i % 5) for i in range(60)]
+    stream = source_documents(jsonl([{"text": text} for text in texts], streaming=True))
+    wanted = Continuations(path="unused", count=3, prompt_tokens=4)
+    prompts = list(choose_prompts([stream], [1.0], small_tokenizer, wanted, 64, 0))
+    assert all(prompt.text in text for prompt, text in zip(prompts, texts, strict=False)) and len(prompts) == 3
 
 
 def test_sources_are_drawn_by_weight(small_tokenizer):
@@ -144,7 +187,7 @@ def test_sources_are_drawn_by_weight(small_tokenizer):
     assert abs(np.mean([text == "cat" for text in chosen]) - 0.75) < 0.1
 
 
-def test_what_is_missing_is_said(command, write_config, tree, tmp_path):
+def test_what_is_missing_is_reported(command, write_config, tree, tmp_path):
     outcome = command("train", "--config", write_config(tree))
     assert outcome.code == 2 and "no such file" in outcome.errors[0] and "mtp_jax.regenerate" in outcome.errors[0]
     file = tmp_path / "other.jsonl"

@@ -41,8 +41,8 @@ def mixed_lengths(kind):
 @pytest.mark.parametrize("kind", ["chat", "even", "short and long"])
 def test_less_than_three_percent_of_mixed_lengths_is_padding(kind):
     lane = lane_of(mixed_lengths(kind))
-    rows = [lane.take() for _ in range(400)]
-    assert np.mean([row["segments"] == 0 for row in rows]) < 0.03
+    sequences = [lane.take() for _ in range(400)]
+    assert np.mean([sequence["segments"] == 0 for sequence in sequences]) < 0.03
 
 
 def test_every_piece_is_packed_once():
@@ -50,10 +50,10 @@ def test_every_piece_is_packed_once():
     lane = lane_of(lengths)
     packed = Counter()
     for _ in range(300):
-        row = lane.take()
-        for segment in range(1, row["segments"].max() + 1):
-            inside = row["segments"] == segment
-            packed[int(row["documents"][inside][0]), int(row["tokens"][inside][0]) // T] += 1
+        sequence = lane.take()
+        for segment in range(1, sequence["segments"].max() + 1):
+            inside = sequence["segments"] == segment
+            packed[int(sequence["documents"][inside][0]), int(sequence["tokens"][inside][0]) // T] += 1
     state = lane.snapshot()
     read = Counter(
         (number, place)
@@ -112,7 +112,7 @@ def test_what_becomes_of_a_document(n, too_long, sizes):
         assert labels == rows["labels"][rows["supervised"]].tolist()
 
 
-def test_pieces_with_nothing_to_predict_are_left_out():
+def test_pieces_with_nothing_supervised_are_dropped():
     rows = rows_of(4 * T)
     rows["supervised"][: 2 * T + 3] = False
     pieces = prepare(rows, T, "split").pieces
@@ -130,16 +130,16 @@ def test_a_lane_counts_what_it_met():
 
 
 def test_documents_of_no_use_end_the_run():
-    with pytest.raises(UserError, match=r"10,000 documents in a row gave nothing to train on.*data\.too_long"):
+    with pytest.raises(UserError, match=r"10,000 consecutive documents gave nothing to train on.*data\.too_long"):
         lane_of([3 * T] * 50, too_long="drop").take()
 
 
-# ---- a row
+# ---- a sequence
 
 
-def test_documents_stand_apart_in_a_row():
-    row = join([rows_of(5, 7), rows_of(3, 9)], 10, None)
-    assert row["segments"].tolist() == [1] * 5 + [2] * 3 + [0] * 2
-    assert row["positions"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 0]
-    assert row["supervised"].astype(int).tolist() == [1, 1, 1, 1, 0, 1, 1, 0, 0, 0]
-    assert row["documents"][:8].tolist() == [7] * 5 + [9] * 3 and "anchors" not in row
+def test_documents_are_apart_in_a_sequence():
+    sequence = join([rows_of(5, 7), rows_of(3, 9)], 10, None)
+    assert sequence["segments"].tolist() == [1] * 5 + [2] * 3 + [0] * 2
+    assert sequence["positions"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 0]
+    assert sequence["supervised"].astype(int).tolist() == [1, 1, 1, 1, 0, 1, 1, 0, 0, 0]
+    assert sequence["documents"][:8].tolist() == [7] * 5 + [9] * 3 and "anchors" not in sequence

@@ -7,9 +7,9 @@ import pytest
 from conftest import listing
 
 from mtp_jax.config_file import validate
-from mtp_jax.data.encoding import Encoder
 from mtp_jax.data.preview import survey_sequences, survey_sources
 from mtp_jax.data.sources import read_sources
+from mtp_jax.data.tokens import Encoder
 
 
 @pytest.fixture
@@ -23,15 +23,19 @@ def tree(make_tree, tmp_path, small_folder):
 
 
 def test_it_prints_what_training_would_see(command, write_config, tree, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     config = write_config(tree)
     before = listing(tmp_path)
     outcome = command("data.__main__", "--config", config, "--examples", 2)
     assert outcome.code == 0, outcome
-    assert re.search(r"to train on .* supervised .* too long", outcome.out.replace("┃", "")), outcome
-    assert re.search(r"padding: \d\.\d\d% of their rows; supervised: \d\d\.\d%", outcome.out)
-    assert re.search(r"longer than a sequence: [\d,]+ \(split into pieces\)", outcome.out)
-    assert re.search(r"anchors: [45]\.\d in a sequence", outcome.out)
+    assert max(map(len, outcome.out.splitlines())) <= 80
+    shown = " ".join(outcome.out.split())
+    assert re.search(r"documents \d+ to train on, 100\.0% of the mixture; figures from all of them", shown), outcome
+    assert re.search(r"tokens 10% [\d,]+, median [\d,]+, 90% [\d,]+, longest [\d,]+", shown)
+    assert re.search(r"supervised \d\d\.\d% of tokens too long \d+\.\d% of documents", shown)
+    assert re.search(r"padding \d\.\d\d% of rows supervised \d\d\.\d% of rows", shown)
+    assert re.search(r"[\d,]+ longer than a sequence \(split into pieces\)", shown)
+    assert re.search(r"anchors [45]\.\d per sequence", shown)
     assert len(re.findall(r"^doc\d\d\.txt, \d+ rows of sequence \d", outcome.out, re.MULTILINE)) == 2
     assert listing(tmp_path) == before
 
@@ -56,7 +60,7 @@ def test_figures_are_those_of_every_document_and_every_row(tree, small_tokenizer
     assert (figures.places > 0) == (objective == "multi_token") == ("anchors" in batch)
 
 
-def test_examples_show_what_is_supervised_and_where_blocks_stand(command, write_config, tree, jsonl, small_folder):
+def test_documents_show_what_is_supervised_and_where_blocks_are(command, write_config, tree, jsonl, small_folder):
     source = jsonl([{"prompt": f"the cat {i}", "completion": " sat on the mat"} for i in range(40)])
     tree["data"]["sources"] = [source.model_dump()]
     outcome = command("data.__main__", "--config", write_config(tree), "--examples", 20)

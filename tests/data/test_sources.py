@@ -1,62 +1,21 @@
-"""What a source takes for a document, how it is named and read, and which part is held out."""
+"""What a config's sources give: which part is held out, which sources are faulty, and what is checked before a run."""
 
-import sys
-import sysconfig
-import tracemalloc
+import hashlib
 from pathlib import Path
 
 import pytest
+from chats import BROKEN, MARKED, PLAIN, TALK, THINKS, letters, turns, with_template
 
 from mtp_jax.config import Data, Source
-from mtp_jax.data.sources import Document, documents, python_stdlib, read_sources, split
+from mtp_jax.config_file import validate
+from mtp_jax.data.documents import FileDocument
+from mtp_jax.data.sources import check_supervision, read_sources, source_documents, split
 from mtp_jax.errors import UserError
+from mtp_jax.training.run import train
 
 
 def text(path, separator=None, **more):
     return Source(kind="text", path=str(path), separator=separator, **more)
-
-
-def names(path, separator=None):
-    return [d.name for d in documents(text(path, separator))]
-
-
-def texts(path, separator=None):
-    return [d.text() for d in documents(text(path, separator))]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for name in ("b.txt", "a.txt", "sub/c.txt", "sub/deep/a.txt", "notes.md"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"text of {name}")
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "folder.txt").mkdir()
-    (tmp_path / "dangling.txt").symlink_to("nowhere")
-    return tmp_path
-
-
-def test_a_folder_is_its_text_files_at_any_depth(folder):
-    assert names(folder) == ["a.txt", "b.txt", "sub/c.txt", "sub/deep/a.txt"]
-    assert texts(folder)[2] == "text of sub/c.txt"
-
-
-def test_a_file_is_itself_whatever_its_ending(folder):
-    assert names(folder / "notes.md") == ["notes.md"]
-
-
-def test_a_glob_names_files_by_their_path_below_it(folder):
-    assert names(folder / "*.md") == ["notes.md"]
-    assert names(folder / "**" / "a.txt") == ["a.txt", "sub/deep/a.txt"]
-    assert names(folder / "s*" / "*.txt") == ["sub/c.txt"]
-
-
-def test_names_do_not_depend_on_where_the_folder_lies(folder, tmp_path_factory):
-    moved = tmp_path_factory.mktemp("elsewhere") / "x"
-    before = names(folder)
-    folder.rename(moved)
-    assert names(moved) == before
-    moved.rename(folder)
 
 
 @pytest.mark.parametrize(
@@ -68,112 +27,119 @@ def test_names_do_not_depend_on_where_the_folder_lies(folder, tmp_path_factory):
         ("empty.txt", "every file is empty"),
     ],
 )
-def test_a_source_without_text_is_named(folder, path, says):
-    (folder / "hollow").mkdir()
+def test_a_source_without_text_is_named(tmp_path, path, says):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "hollow").mkdir()
     with pytest.raises(UserError) as caught:
-        read_sources(Data(sources=[text(folder / "a.txt"), text(folder / path)], held_out=0.0))
+        read_sources(Data(sources=[text(tmp_path / "a.txt"), text(tmp_path / path)], held_out=0.0))
     (fault,) = caught.value.faults
     assert fault.startswith("data.sources.1.path: ") and says in fault
 
 
-def test_all_sources_without_text_are_named(folder):
+def test_all_sources_without_text_are_named(tmp_path):
     with pytest.raises(UserError) as caught:
-        read_sources(Data(sources=[text(folder / "no"), text(folder / "nor")], held_out=0.0))
+        read_sources(Data(sources=[text(tmp_path / "no"), text(tmp_path / "nor")], held_out=0.0))
     assert len(caught.value.faults) == 2
-
-
-def test_a_file_that_vanishes_is_named(folder):
-    (document,) = documents(text(folder / "a.txt"))
-    (folder / "a.txt").unlink()
-    with pytest.raises(UserError, match=r"a\.txt: cannot be read"):
-        document.text()
-
-
-@pytest.mark.parametrize("separator", ["<|end|>", "\n--\n", "§"])
-def test_a_separator_parts_a_file(tmp_path, separator):
-    pieces = ["first é", "second\nline", "  \n", "", "日本 third"]
-    (tmp_path / "a.txt").write_text(separator.join(pieces), encoding="utf-8")
-    assert texts(tmp_path / "a.txt", separator) == ["first é", "second\nline", "日本 third"]
-    assert names(tmp_path / "a.txt", separator) == ["a.txt#0", "a.txt#1", "a.txt#2"]
-
-
-def test_pieces_of_several_files_are_numbered_in_each(tmp_path):
-    for name, text in [("a", "1|2"), ("b", " |"), ("c", "3"), ("d", "4||5")]:
-        (tmp_path / f"{name}.txt").write_text(text)
-    assert names(tmp_path, "|") == ["a.txt#0", "a.txt#1", "c.txt#0", "d.txt#0", "d.txt#1"]
-    assert texts(tmp_path, "|") == list("12345")
-
-
-def test_a_piece_is_read_without_the_rest_of_its_file(tmp_path):
-    (tmp_path / "a.txt").write_text("one|" + "x" * 5_000_000 + "|two")
-    first, _, last = documents(text(tmp_path / "a.txt", "|"))
-    tracemalloc.start()
-    assert (first.text(), last.text()) == ("one", "two")
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 1_000_000
-
-
-def test_a_separator_at_both_ends_leaves_no_empty_document(tmp_path):
-    (tmp_path / "a.txt").write_text("|a|b|")
-    assert texts(tmp_path / "a.txt", "|") == ["a", "b"]
-
-
-def test_bytes_that_are_no_text_are_replaced(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 \xc3\xa9")
-    assert texts(tmp_path / "a.txt") == ["caf\ufffd é"]
-    assert texts(tmp_path / "a.txt", " ") == ["caf\ufffd", "é"]
-
-
-def test_python_files_are_read_in_their_own_encoding(tmp_path):
-    source = "# -*- coding: latin-1 -*-\nname = 'é'\n"
-    (tmp_path / "a.py").write_bytes(source.encode("latin-1"))
-    assert texts(tmp_path / "a.py") == [source]
-    assert texts(tmp_path / "a.py") != [(tmp_path / "a.py").read_text(errors="replace")]
-    (tmp_path / "b.py").write_bytes(b"# coding: no-such-thing\n'\xff'\n")
-    assert texts(tmp_path / "b.py") == ["# coding: no-such-thing\n'\ufffd'\n"]
-
-
-def test_the_stdlib_is_without_tests_and_installed_packages():
-    found = {d.name for d in python_stdlib()}
-    parts = {part for name in found for part in Path(name).parts[:-1]}
-    assert {"json/decoder.py", "asyncio/tasks.py", "ast.py"} <= found
-    assert not parts & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    root = Path(sysconfig.get_paths()["stdlib"])
-    assert all((root / name).stat().st_size for name in found)
-    ours = {m for m in sys.stdlib_module_names if (root / f"{m}.py").is_file() and (root / f"{m}.py").stat().st_size}
-    assert ours <= {name.removesuffix(".py") for name in found}
 
 
 # ---- held out
 
 
-def test_the_split_depends_on_the_name_alone(folder, tmp_path):
-    found = [Document(f"d{i}", tmp_path) for i in range(500)]
+def test_the_split_depends_on_the_name_alone(tmp_path):
+    found = [FileDocument(f"d{i}", tmp_path) for i in range(500)]
     train, held = split(found, 0.1)
     assert not {d.name for d in train} & {d.name for d in held} and len(train) + len(held) == 500
     assert 25 <= len(held) <= 80
-    others = [Document(d.name, Path("elsewhere"), 3, 9) for d in reversed(found[:250])]
+    others = [FileDocument(d.name, Path("elsewhere"), 3, 9) for d in reversed(found[:250])]
     assert {d.name for d in split(others, 0.1)[1]} == {d.name for d in held} & {d.name for d in found[:250]}
     assert {d.name for d in held} <= {d.name for d in split(found, 0.3)[1]}
 
 
 def test_the_split_is_the_same_on_every_machine():
-    held = [name for name in map(str, range(40)) if Document(name, Path()).draw < 0.1]
-    import hashlib
-
+    held = [name for name in map(str, range(40)) if FileDocument(name, Path()).draw < 0.1]
     share = [int(hashlib.sha256(str(i).encode()).hexdigest()[:16], 16) / 16**16 for i in range(40)]
     assert held == [str(i) for i in range(40) if share[i] < 0.1] and held
 
 
 def test_shares_0_and_1(tmp_path):
-    found = [Document(f"d{i}", tmp_path) for i in range(20)]
+    found = [FileDocument(f"d{i}", tmp_path) for i in range(20)]
     assert [list(part) for part in split(found, 0.0)] == [found, []]
     assert [list(part) for part in split(found, 1.0)] == [[], found]
 
 
 def test_a_source_all_of_which_is_held_out_is_a_fault(tmp_path):
-    name = next(f"{i}.txt" for i in range(1000) if Document(f"{i}.txt", tmp_path).draw < 0.05)
+    name = next(f"{i}.txt" for i in range(1000) if FileDocument(f"{i}.txt", tmp_path).draw < 0.05)
     (tmp_path / name).write_text("x")
-    with pytest.raises(UserError, match=r"all 1 documents fall to the held-out part"):
+    with pytest.raises(UserError, match=r"all 1 documents are held out"):
         read_sources(Data(sources=[text(tmp_path)], held_out=0.05))
+
+
+# ---- what is checked before a run starts
+
+
+@pytest.mark.parametrize(
+    ("template", "how"), [(MARKED, "where the chat template marks {% generation %}"), (PLAIN, "by prefix difference")]
+)
+def test_which_way_is_used_is_reported(jsonl, template, how):
+    found = source_documents(jsonl([{"messages": TALK}] * 100))
+    (line,) = check_supervision([found], with_template(letters(), template))
+    assert line.startswith("data.sources.0: 100 conversations, supervised ") and how in line
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (None, "data.sources.0: the tokenizer has no chat template"),
+        (BROKEN, "data.sources.0: rows.jsonl#0: the chat template does not show what the assistant wrote in message 1"),
+        (
+            "{{ raise_exception('no') }}",
+            "data.sources.0: rows.jsonl#0: the chat template refuses the conversation (no)",
+        ),
+        ("{{ messages[0].content }}{% if %}", "data.sources.0: rows.jsonl#0: the chat template refuses"),
+        ({"one": PLAIN, "two": PLAIN}, "data.sources.0: the tokenizer's chat template cannot be chosen"),
+        (
+            "{{ messages[0].content }}{% generation %}{% endgeneration %}",
+            "data.sources.0: none of the 5 records checked",
+        ),
+    ],
+)
+def test_an_unfit_template_is_one_fault(jsonl, template, says):
+    found = source_documents(jsonl([{"messages": TALK}] * 5))
+    with pytest.raises(UserError) as caught:
+        check_supervision([found], with_template(letters(), template))
+    (fault,) = caught.value.faults
+    assert fault.startswith(says)
+
+
+def test_a_run_that_lacks_a_template_leaves_no_trace(jsonl, tree, small_folder, tmp_path):
+    source = jsonl([{"messages": TALK}] * 30).model_dump()
+    for model in ({"path": str(small_folder)}, tree["model"]):  # the second trains its tokenizer
+        with pytest.raises(UserError, match="no chat template"):
+            train(validate({**tree, "model": model, "data": {"sources": [source], "held_out": 0.2}}, "tree"))
+    assert not Path(tree["output_dir"]).exists()
+
+
+def test_records_that_are_too_long_are_reported_before_a_run_starts(jsonl):
+    tokenizer = with_template(letters(), PLAIN)
+    found = source_documents(jsonl([{"messages": turns("hi", "yes" * i)} for i in (1, 1, 20)]))
+    (line,) = check_supervision([found], tokenizer, 32, "cut")
+    assert line.endswith("; 1 of 3 checked are longer than a sequence of 32 and are cut")
+    (line,) = check_supervision([found], tokenizer, 128, "cut")
+    assert "longer" not in line
+    with pytest.raises(UserError, match=r"all of the 3 records checked are longer than train\.sequence_length=4"):
+        check_supervision([found], tokenizer, 4, "drop")
+
+
+def test_turns_that_the_template_rewrites_are_counted(jsonl):
+    (line,) = check_supervision([source_documents(jsonl([{"messages": TALK}] * 3))], with_template(letters(), THINKS))
+    assert line == (
+        "data.sources.0: 3 conversations, supervised in assistant turns by prefix difference of the chat template; in "
+        "the 3 checked, 3 earlier turns that the template rewrites are not"
+    )
+
+
+def test_a_stream_is_checked_before_a_run_starts(jsonl, small_tokenizer):
+    source = jsonl([{"text": f"the cat {i} sat on the mat"} for i in range(60)], streaming=True)
+    (training,), _ = read_sources(Data(sources=[source], held_out=0.2))
+    assert check_supervision([training], small_tokenizer) == ["data.sources.0: streamed texts, supervised throughout"]

@@ -16,7 +16,7 @@ from orbax.checkpoint import StandardCheckpointer
 from safetensors.numpy import load_file
 
 from mtp_jax.config_file import validate
-from mtp_jax.data.pipeline import Anchors, training_batches
+from mtp_jax.data.batches import Anchors, training_batches
 from mtp_jax.data.sources import read_sources
 from mtp_jax.errors import UserError
 from mtp_jax.model.decoder import Decoder

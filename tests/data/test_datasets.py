@@ -1,5 +1,6 @@
-"""Datasets as sources: where they are loaded from, which columns are taken, how rows are named."""
+"""Datasets as sources: where they are loaded from, which columns are used, how records are named and streamed."""
 
+import itertools
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -9,20 +10,21 @@ import pytest
 
 from mtp_jax.config import Data, Source
 from mtp_jax.config_file import validate
-from mtp_jax.data.examples import Completion, Conversation, Text
-from mtp_jax.data.pipeline import Anchors, training_batches
-from mtp_jax.data.sources import documents, read_sources
+from mtp_jax.data.batches import Anchors, training_batches
+from mtp_jax.data.datasets import Stream
+from mtp_jax.data.documents import Completion, Conversation, Text
+from mtp_jax.data.sources import check_supervision, read_sources, source_documents
 from mtp_jax.errors import UserError
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
 
 def contents(source):
-    return [row.content() for row in documents(source)]
+    return [record.content() for record in source_documents(source)]
 
 
 @pytest.mark.parametrize(
-    ("row", "columns", "content"),
+    ("record", "columns", "content"),
     [
         ({"text": "a b"}, {}, Text("a b")),
         ({"messages": CHAT}, {}, Conversation(CHAT)),
@@ -33,12 +35,12 @@ def contents(source):
         ({"messages": CHAT, "text": "t"}, {"text": "text"}, Text("t")),
     ],
 )
-def test_columns_decide_what_a_row_is(jsonl, row, columns, content):
-    assert contents(jsonl([row, row], columns=columns)) == [content, content]
+def test_columns_decide_what_a_record_is(jsonl, record, columns, content):
+    assert contents(jsonl([record, record], columns=columns)) == [content, content]
 
 
 @pytest.mark.parametrize(
-    ("row", "columns", "says"),
+    ("record", "columns", "says"),
     [
         ({"body": "a", "id": 3}, {}, "neither a column 'messages', nor 'prompt' and 'completion', nor 'text'"),
         ({"prompt": "a", "id": 3}, {}, "neither a column"),
@@ -46,18 +48,18 @@ def test_columns_decide_what_a_row_is(jsonl, row, columns, content):
         ({"text": "a", "id": 3}, {"prompt": "q"}, "has no column 'completion' and no column 'q'"),
     ],
 )
-def test_missing_columns_are_one_fault_that_names_what_there_is(jsonl, row, columns, says):
+def test_missing_columns_are_one_fault_that_names_what_there_is(jsonl, record, columns, says):
     with pytest.raises(UserError) as caught:
-        read_sources(Data(sources=[jsonl([row], columns=columns)], held_out=0.0))
+        read_sources(Data(sources=[jsonl([record], columns=columns)], held_out=0.0))
     (fault,) = caught.value.faults
     assert fault.startswith("data.sources.0.columns: ") and says in fault
-    assert f"its columns are {', '.join(row)}." in fault
+    assert f"its columns are {', '.join(record)}." in fault
 
 
-@pytest.mark.parametrize("row", [{"text": 5}, {"messages": "hi"}, {"messages": [{"content": "hi"}]}])
-def test_a_column_of_another_type_is_named_with_its_row(jsonl, row):
-    with pytest.raises(UserError, match=rf"^rows\.jsonl#0: column '{next(iter(row))}' should hold"):
-        contents(jsonl([row]))
+@pytest.mark.parametrize("record", [{"text": 5}, {"messages": "hi"}, {"messages": [{"content": "hi"}]}])
+def test_a_column_of_another_type_is_named_with_its_record(jsonl, record):
+    with pytest.raises(UserError, match=rf"^rows\.jsonl#0: column '{next(iter(record))}' should hold"):
+        contents(jsonl([record]))
 
 
 def test_messages_lose_the_keys_that_only_others_have(jsonl):
@@ -65,15 +67,15 @@ def test_messages_lose_the_keys_that_only_others_have(jsonl):
     assert contents(jsonl([{"messages": CHAT}, {"messages": more}])) == [Conversation(CHAT), Conversation(more)]
 
 
-def test_rows_are_named_after_the_file_alone(jsonl, tmp_path):
+def test_records_are_named_after_the_file_alone(jsonl, tmp_path):
     source = jsonl([{"text": str(i)} for i in range(3)])
-    assert [row.name for row in documents(source)] == ["rows.jsonl#0", "rows.jsonl#1", "rows.jsonl#2"]
+    assert [record.name for record in source_documents(source)] == ["rows.jsonl#0", "rows.jsonl#1", "rows.jsonl#2"]
     (tmp_path / "deep").mkdir()
     moved = shutil.move(source.path, tmp_path / "deep" / "rows.jsonl")
-    again = documents(Source(kind="dataset", path=str(moved)))
-    assert [row.name for row in again] == ["rows.jsonl#0", "rows.jsonl#1", "rows.jsonl#2"]
-    part = documents(Source(kind="dataset", path=str(moved), split="train[1:]"))
-    assert [(row.name, row.text()) for row in part] == [
+    again = source_documents(Source(kind="dataset", path=str(moved)))
+    assert [record.name for record in again] == ["rows.jsonl#0", "rows.jsonl#1", "rows.jsonl#2"]
+    part = source_documents(Source(kind="dataset", path=str(moved), split="train[1:]"))
+    assert [(record.name, record.text()) for record in part] == [
         ("rows.jsonl:train[1:]#0", "1"),
         ("rows.jsonl:train[1:]#1", "2"),
     ]
@@ -91,8 +93,8 @@ def test_a_folder_is_a_dataset(jsonl, tmp_path, how):
     else:
         data = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
         (datasets.DatasetDict(train=data) if how == "saved splits" else data).save_to_disk(folder)
-    found = documents(Source(kind="dataset", path=str(folder)))
-    assert [(row.name, row.text()) for row in found] == [("folder#0", "a"), ("folder#1", "b")]
+    found = source_documents(Source(kind="dataset", path=str(folder)))
+    assert [(record.name, record.text()) for record in found] == [("folder#0", "a"), ("folder#1", "b")]
 
 
 @pytest.mark.parametrize(
@@ -100,11 +102,11 @@ def test_a_folder_is_a_dataset(jsonl, tmp_path, how):
     [
         ({"path": "missing.jsonl"}, "path", "no such file or folder"),
         ({"path": "rows.csv"}, "path", "unknown format '.csv'; a dataset is a folder, or files that end in .jsonl, "),
-        ({"path": "*.nothing"}, "path", "no glob that matches one"),
-        ({"path": "torn.jsonl"}, "path", "cannot be loaded (torn.jsonl, line 2: no valid JSON"),
-        ({"path": "torn.jsonl", "streaming": True}, "path", "cannot be loaded (torn.jsonl, line 2: no valid JSON"),
+        ({"path": "*.nothing"}, "path", "no file matches it as a glob"),
+        ({"path": "torn.jsonl"}, "path", "cannot be loaded (torn.jsonl, line 2: not valid JSON"),
+        ({"path": "torn.jsonl", "streaming": True}, "path", "cannot be loaded (torn.jsonl, line 2: not valid JSON"),
         ({"path": "unlike.jsonl"}, "path", "(unlike.jsonl, line 3: column 'text' holds dict, and str in line 1"),
-        ({"path": "torn.json"}, "path", "cannot be loaded (torn.json, line 2: no valid JSON"),
+        ({"path": "torn.json"}, "path", "cannot be loaded (torn.json, line 2: not valid JSON"),
         ({"path": "list.jsonl"}, "path", "line 1: should be an object of columns, not str"),
         ({"path": "torn.parquet"}, "path", "cannot be loaded ("),
         ({"path": "torn.arrow"}, "path", "cannot be loaded ("),
@@ -135,51 +137,51 @@ def test_a_dataset_that_cannot_be_had_is_named(jsonl, tmp_path, keys, key, says)
 def test_formats_of_files(jsonl, tmp_path, kind, streaming):
     import datasets
 
-    rows = [{"text": f"t{i}", "id": i} for i in range(5)]
-    data, path = datasets.Dataset.from_list(rows), tmp_path / "files" / f"rows.{kind.split()[-1]}"
+    records = [{"text": f"t{i}", "id": i} for i in range(5)]
+    data, path = datasets.Dataset.from_list(records), tmp_path / "files" / f"rows.{kind.split()[-1]}"
     path.parent.mkdir()
-    jsonl(rows)  # caches nothing outside this test
+    jsonl(records)  # caches nothing outside this test
     if kind == "jsonl":
         shutil.copy(tmp_path / "rows.jsonl", path)
     elif kind == "json":
-        path.write_text(json.dumps(rows))
+        path.write_text(json.dumps(records))
     elif kind == "arrow":
         data.save_to_disk(tmp_path / "saved")
         shutil.copy(next((tmp_path / "saved").glob("*.arrow")), path)
     else:
         data.to_parquet(path)
     given = path.parent if kind.startswith("folder") else path
-    found = documents(Source(kind="dataset", path=str(given), streaming=streaming))
-    assert [(row.name, row.text()) for row in found] == [(f"{given.name}#{i}", f"t{i}") for i in range(5)]
+    found = source_documents(Source(kind="dataset", path=str(given), streaming=streaming))
+    assert [(record.name, record.text()) for record in found] == [(f"{given.name}#{i}", f"t{i}") for i in range(5)]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_glob_is_one_dataset(jsonl, tmp_path, streaming):
     for name in ("b", "a", "c"):
         jsonl([{"text": f"{name}{i}"} for i in range(2)], f"part-{name}.jsonl")
-    found = documents(Source(kind="dataset", path=str(tmp_path / "part-*.jsonl"), streaming=streaming))
-    assert [row.text() for row in found] == ["a0", "a1", "b0", "b1", "c0", "c1"]
-    assert [row.name for row in found][:2] == ["part-*.jsonl#0", "part-*.jsonl#1"]
+    found = source_documents(Source(kind="dataset", path=str(tmp_path / "part-*.jsonl"), streaming=streaming))
+    assert [record.text() for record in found] == ["a0", "a1", "b0", "b1", "c0", "c1"]
+    assert [record.name for record in found][:2] == ["part-*.jsonl#0", "part-*.jsonl#1"]
 
 
-def test_rows_are_small_and_read_from_the_mapped_file(jsonl):
-    rows = documents(jsonl([{"text": str(i), "unused": "x"} for i in range(50)]))
-    assert not hasattr(rows[0], "__dict__") and len({id(row.table) for row in rows}) == 1
-    assert rows[0].table.data.cache_files and rows[0].table.data.column_names == ["text"]
+def test_records_are_small_and_read_from_the_mapped_file(jsonl):
+    records = source_documents(jsonl([{"text": str(i), "unused": "x"} for i in range(50)]))
+    assert not hasattr(records[0], "__dict__") and len({id(record.table) for record in records}) == 1
+    assert records[0].table.data.cache_files and records[0].table.data.column_names == ["text"]
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda row: row.text(), rows)) == [str(i) for i in range(50)]
+        assert list(pool.map(lambda record: record.text(), records)) == [str(i) for i in range(50)]
 
 
-def test_texts_of_rows_give_the_batches_of_text_files(jsonl, small_tokenizer, tmp_path):
+def test_texts_of_records_give_the_batches_of_text_files(jsonl, small_tokenizer, tmp_path):
     texts = [f"the cat {i} sat on the mat" * (1 + i % 5) for i in range(20)]
     (tmp_path / "rows.jsonl").write_text(
         "§".join(texts), encoding="utf-8"
     )  # so that names agree, and anchors with them
-    files = documents(Source(kind="text", path=str(tmp_path / "rows.jsonl"), separator="§"))
+    files = source_documents(Source(kind="text", path=str(tmp_path / "rows.jsonl"), separator="§"))
     batches = [training_batches([files], [1.0], small_tokenizer, 2, 16, 3, Anchors(4, 3))[0]]
     before = [next(batches[0]) for _ in range(5)]
-    rows = documents(jsonl([{"text": text} for text in texts]))
-    after = training_batches([rows], [1.0], small_tokenizer, 2, 16, 3, Anchors(4, 3))[0]
+    records = source_documents(jsonl([{"text": text} for text in texts]))
+    after = training_batches([records], [1.0], small_tokenizer, 2, 16, 3, Anchors(4, 3))[0]
     for a, b in zip(before, after, strict=False):
         assert a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
 
@@ -209,3 +211,72 @@ def test_keys_that_do_not_go_together(tree, source, start):
         validate({**tree, "data": {"sources": [source]}}, "c.yaml")
     (fault,) = caught.value.faults
     assert fault.startswith(f"c.yaml: {start}")
+
+
+# ---- streams
+
+
+@pytest.fixture
+def streamed(jsonl):
+    """A function from texts to a streaming source of them."""
+    return lambda texts, **keys: jsonl([{"text": text, "id": 1} for text in texts], streaming=True, **keys)
+
+
+TEXTS = [f"the cat {i} sat on the mat" * (1 + i % 5) for i in range(60)]
+
+
+def test_held_out_records_are_skipped(streamed):
+    source = streamed(TEXTS)
+    every = {record.name: record.text() for record in source_documents(source)}
+    (training,), held = read_sources(Data(sources=[source], held_out=0.3))
+    train = {record.name: record.text() for record in training}
+    assert {**train, **{record.name: record.text() for record in held}} == every and len(every) == 60
+    assert all(record.draw < 0.3 for record in held) and held and not {record.name for record in held} & train.keys()
+    assert read_sources(Data(sources=[source], held_out=0.0))[1] == []
+
+
+def test_held_out_records_are_those_that_a_stored_dataset_holds_out(streamed):
+    source = streamed(TEXTS)
+    _, held = read_sources(Data(sources=[source], held_out=0.3))
+    stored = source.model_copy(update={"streaming": False})
+    _, expected = read_sources(Data(sources=[stored], held_out=0.3))
+    assert {record.name for record in held} == {record.name for record in expected}
+
+
+def test_every_record_once_per_epoch_in_another_order(streamed):
+    stream = source_documents(streamed(TEXTS))
+    drawn = list(itertools.islice(stream.endless(0), 180))
+    epochs = [[record.number for epoch, record in drawn if epoch == number] for number in range(3)]
+    assert all(sorted(epoch) == list(range(60)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != list(range(60)) != epochs[0]
+
+
+def test_a_stream_longer_than_the_buffer_gives_every_record_once(monkeypatch, streamed):
+    monkeypatch.setattr("mtp_jax.data.datasets._SHUFFLED", 10)
+    drawn = [record.number for _, record in itertools.islice(source_documents(streamed(TEXTS)).endless(0), 60)]
+    assert sorted(drawn) == list(range(60)) and drawn != list(range(60))
+
+
+def test_a_stream_that_breaks_says_where():
+    def records():
+        yield {"text": "a"}
+        raise OSError("connection reset\nand more")
+
+    with pytest.raises(UserError, match=r"^org/data: cannot be read after record 1 \(connection reset\)\.$"):
+        list(Stream(records, "org/data", lambda values, _: values["text"]))
+
+
+@pytest.mark.parametrize(
+    ("texts", "columns", "says"),
+    [
+        ([], {}, "cannot be loaded"),
+        (["a"], {"messages": "turns"}, "data.sources.0.columns: "),
+        ([5], {}, "rows.jsonl#0: column 'text' should hold text, not int"),
+    ],
+)
+def test_faults_of_streams_are_one_line(streamed, small_tokenizer, texts, columns, says):
+    with pytest.raises(UserError) as caught:
+        training, _ = read_sources(Data(sources=[streamed(texts, columns=columns)], held_out=0.0))
+        check_supervision(training, small_tokenizer)
+    (fault,) = caught.value.faults
+    assert fault.startswith("data.sources.0") and says in fault
