@@ -245,10 +245,10 @@ class Models:
     @staticmethod
     def load(folder, **options):
         """Geometry and weights of a folder, as every command loads them."""
-        from mtp_jax.model.folder import load_params, read_geometry
+        from mtp_jax.model.base import open_base
 
-        g = read_geometry(folder)
-        return g, load_params(folder, g, **options)
+        base = open_base(str(folder))
+        return base.g, base.load(**options)
 
 
 @pytest.fixture(scope="session")
