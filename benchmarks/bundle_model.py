@@ -16,9 +16,9 @@ from pathlib import Path
 from mtp_jax.config_file import load_config
 from mtp_jax.data.sources import read_sources
 from mtp_jax.decoding.generator import Generator
-from mtp_jax.evaluate import TRAINING_FILES
 from mtp_jax.model.folder_writer import parameter_count
-from mtp_jax.training.tasks import held_out_prompts
+from mtp_jax.training.evaluation import held_out_prompts
+from mtp_jax.training.report import TRAINING_FILES
 
 COMPLETIONS, PROMPT_TOKENS, NEW_TOKENS = 20, 48, 48
 

@@ -12,8 +12,9 @@ import pytest
 from mtp_jax.data.sources import python_stdlib, split
 from mtp_jax.decoding.generator import Generator
 from mtp_jax.decoding.plan import quadratic
-from mtp_jax.evaluate import TRAINING_FILES, main
+from mtp_jax.evaluate import main
 from mtp_jax.model.folder import bundled_models, find_folder, stored_tensors
+from mtp_jax.training.report import TRAINING_FILES
 
 FOLDER = find_folder("bundled:stdlib-5m")
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")

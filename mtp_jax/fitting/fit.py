@@ -21,7 +21,8 @@ from mtp_jax.fitting.decoding import decoding_program
 from mtp_jax.model.folder import find_folder, read_json
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.mtp.losses import MultiTokenLoss
-from mtp_jax.training.program import Program, adapter_shape, build_program, check_divides
+from mtp_jax.training.objectives import adapter_shape
+from mtp_jax.training.program import Program, build_program, check_divides, check_length
 
 
 class Place(NamedTuple):
@@ -127,11 +128,7 @@ def check_training(config: Config, g: Geometry, place: Place) -> Fit:
         UserError: a batch that does not divide, or sequences longer than the model's context.
     """
     check_divides(config, place.mesh)
-    if config.train.sequence_length > g.max_positions:
-        raise UserError(
-            f"train.sequence_length={config.train.sequence_length} is longer than the model's context of "
-            f"{g.max_positions} (max_position_embeddings)."
-        )
+    check_length(config, g)
     program = build_program(config, g, place.mesh)
     tokens = config.train.batch_size * config.train.sequence_length
     arguments = (program.state, program.frozen, program.batch)

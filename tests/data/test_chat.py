@@ -19,8 +19,8 @@ from mtp_jax.data.sources import documents
 from mtp_jax.data.supervision import check_supervision
 from mtp_jax.data.tokenizer import train_tokenizer
 from mtp_jax.errors import UserError
+from mtp_jax.training.evaluation import held_out_prompts
 from mtp_jax.training.run import train
-from mtp_jax.training.tasks import held_out_prompts
 
 MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content + '\n' }}{% endgeneration %}"

@@ -2,23 +2,15 @@
 
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import read_lines
+from conftest import free_port, read_lines
 from safetensors.numpy import load_file
 
 LOST = 75
-
-
-def free_port():
-    """A port on which nobody listens."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture
@@ -68,7 +60,7 @@ def test_two_processes_stop_together_and_go_on(tree, write_config, start_two, fi
     ended = [finish(process) for process in started]
     if ended[0].code != 0:  # else the run was quicker than the signal
         assert [end.code for end in ended] == [143, 143], ended
-        assert "which is saved; the same command goes on from there" in ended[0].err
+        assert "which is saved; rerun the command to continue from there" in ended[0].err
         step = len([line for line in read_lines(folder / "metrics.jsonl") if "loss" in line])
         assert {path.name for path in (folder / "checkpoints" / str(step) / "data").iterdir()} == {"0.json", "2.json"}
     ended = [finish(process) for process in start_two(config)]

@@ -11,9 +11,8 @@ from mtp_jax.config import Train
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import init_params, weight_table
-from mtp_jax.training.next_token import NextToken
-from mtp_jax.training.optimizer import learning_rate, make_optimizer
-from mtp_jax.training.step import WEIGHTS_FINITE, TrainState, make_train_step
+from mtp_jax.training.objectives import NextToken
+from mtp_jax.training.step import WEIGHTS_FINITE, TrainState, learning_rate, make_optimizer, make_train_step
 
 B, T = 8, 21
 SETTINGS = Train(steps=100, batch_size=B, sequence_length=T, learning_rate=1e-2)
