@@ -148,7 +148,7 @@ def _contents(source: Source, base: str, config: dict[str, Any], peft: bool) -> 
 
 def _whole(source: Source, here: str) -> str:
     return (
-        f"# {source.name}\n\nA language model of the {source.g.family} family, trained with mtp_jax.\n\n"
+        f"# {source.name}\n\nA language model of the {source.base.g.family} family, trained with mtp_jax.\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{here}")\n'

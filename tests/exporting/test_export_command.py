@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from mtp_jax import storage
 from mtp_jax.errors import UserError
-from mtp_jax.exporting import base as base_files
+from mtp_jax.exporting import base_files
 from mtp_jax.exporting import folder as exporting_folder
 from mtp_jax.exporting.source import find_source
 from mtp_jax.model import folder_writer
@@ -202,7 +202,7 @@ def test_several_files_without_an_index_get_one(small_folder, tmp_path):
         save_file({k: tensors[k] for k in part}, tmp_path / "base" / f"{name}.safetensors", {"format": "pt"})
     (tmp_path / "out").mkdir()
     base_files.copy_companions(tmp_path / "base", tmp_path / "out")
-    base_files.copy_weights(tmp_path / "base", tmp_path / "out")
+    base_files.copy_weights(open_base(str(tmp_path / "base")), tmp_path / "out")
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     reference = AutoModelForCausalLM.from_pretrained(small_folder)
