@@ -1,4 +1,4 @@
-"""Signals end a run in good order, and the run goes on as if there had been none."""
+"""Signals end a run in good order, and it resumes as if there had been none."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from mtp_jax.runs.records import Journal
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_step_and_the_run_goes_on(tree, write_config, command, finished, monkeypatch, number, code):
+def test_a_signal_saves_the_step_and_the_run_resumes(tree, write_config, command, finished, monkeypatch, number, code):
     tree["checkpoints"]["every"] = 100
     config, folder, write = write_config(tree), Path(tree["output_dir"]), Journal.write
 

@@ -143,7 +143,7 @@ def test_a_failed_save_is_raised_at_the_end(tmp_path, monkeypatch):
     assert not (tmp_path / "checkpoints" / "1" / "manifest.json").exists()
 
 
-def test_a_failed_save_is_told_beside_the_fault_that_ended_the_run(tmp_path, monkeypatch):
+def test_a_failed_save_is_reported_beside_the_fault_that_ended_the_run(tmp_path, monkeypatch):
     config = validate_checkpoints()
     with monkeypatch.context() as patched, pytest.raises(UserError) as caught:
         failing_save(patched, OSError("gone"))
