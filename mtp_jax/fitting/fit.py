@@ -146,7 +146,7 @@ def check_decoding(config: Config, g: Geometry, place: Place, plan: str | None, 
     most = shape.masks if shape else 0
     chosen = parse_plan(plan) if plan else quadratic(most) if most else plain()
     if chosen.block > most:
-        raise UserError(f"--plan {chosen}: needs {chosen.block} masks, but the config's adapter has {most}.")
+        raise UserError(f"--plan {chosen}: takes {chosen.block} masks, but the config's adapter has {most}.")
     step, arguments = decoding_program(g, shape, chosen, slots, batch, jnp.dtype("bfloat16"), place.mesh)
     ways = {axis: size for axis, size in place.mesh.shape.items() if axis != "data"}
     hints = [f"--slots or --batch-size: less than {slots} tokens of {batch} sequences"]

@@ -47,7 +47,7 @@ class NextTokenEvaluation:
 
 
 class AdapterEvaluation:
-    """Every loss term, teacher-forced agreement by offset, and estimated tokens per step by number of masks.
+    """Loss terms, agreement by offset and estimated tokens per step of an adapter (docs/how-it-works.md, section 8).
 
     Tokens per step are estimated on prompts from held-out documents, which the base model continues greedily, once.
     """

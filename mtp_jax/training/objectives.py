@@ -24,7 +24,7 @@ _KEPT_BYTES = 1 << 30
 
 
 def make_objective(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> "NextToken | MultiTokenLoss":
-    """The objective of a config.
+    """The objective of a config; the losses of multi_token are those of docs/how-it-works.md, section 6.
 
     Raises:
         UserError: an attention kernel that does not run here.
