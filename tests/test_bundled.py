@@ -13,7 +13,9 @@ from mtp_jax.api import load
 from mtp_jax.data.sources import python_stdlib, split
 from mtp_jax.decoding.plan import plain, quadratic
 from mtp_jax.evaluate import main
+from mtp_jax.model.base import open_base
 from mtp_jax.model.folder import bundled_models, find_folder, stored_tensors
+from mtp_jax.mtp.adapter_folder import open_adapter
 from mtp_jax.training.report import TRAINING_FILES
 
 FOLDER = find_folder("bundled:stdlib-5m")
@@ -55,7 +57,7 @@ def test_its_adapter_drafts_for_it():
     prompt = ["import os\n\n\ndef read(path):\n    with open(path) as file:\n        "]
     (alone,), (drafted,) = (generator.using(plan=plan)(prompt, max_new_tokens=48) for plan in (plain(), quadratic(4)))
     assert drafted.token_ids == alone.token_ids and drafted.tokens_per_step > 1.5
-    assert generator.shape.masks == 8
+    assert open_adapter("bundled:stdlib-5m", open_base("bundled:stdlib-5m")).shape.masks == 8
 
 
 def test_what_the_model_was_trained_on_is_left_out_under_any_name(monkeypatch, tmp_path, capsys):
