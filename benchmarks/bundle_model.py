@@ -7,18 +7,19 @@ python benchmarks/bundle_model.py --run runs/bundled_stdlib --out mtp_jax/bundle
 import argparse
 import hashlib
 import json
+import math
 import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from mtp_jax.api import load
 from mtp_jax.config_file import load_config
-from mtp_jax.data.held_out import held_out_prompts
 from mtp_jax.data.sources import read_sources
-from mtp_jax.decoding.generator import Generator
-from mtp_jax.evaluate import TRAINING_FILES
-from mtp_jax.model.folder_writer import parameter_count
+from mtp_jax.model.base import open_base
+from mtp_jax.training.evaluation import held_out_prompts
+from mtp_jax.training.report import TRAINING_FILES
 
 COMPLETIONS, PROMPT_TOKENS, NEW_TOKENS = 20, 48, 48
 
@@ -80,16 +81,16 @@ def main() -> None:
 
     evaluate = [sys.executable, "-m", "mtp_jax.evaluate", "--model", str(part), "--json"]
     figures = json.loads(subprocess.run(evaluate, check=True, capture_output=True, text=True).stdout)
-    generator = Generator.load(str(part), "float32")
-    prompts = held_out_prompts(held_out, generator.tokenizer, COMPLETIONS, PROMPT_TOKENS)
+    base, generator = open_base(str(part)), load(str(part), dtype="float32")
+    prompts = held_out_prompts(held_out, base.tokenizer, COMPLETIONS, PROMPT_TOKENS)
     shown = []
     for prompt, completion in zip(prompts, generator.complete(prompts, NEW_TOKENS, COMPLETIONS), strict=True):
-        text = generator.tokenizer.decode(prompt, skip_special_tokens=True) + "⟫" + generator.text(completion)
+        text = base.tokenizer.decode(prompt, skip_special_tokens=True) + "⟫" + generator.text(completion)
         shown.append("    " + text.replace("\n", "\n    ").rstrip() + "\n")
-    g, largest = generator.g, max(held_out, key=lambda document: len(document.text()))
+    g, largest = base.g, max(held_out, key=lambda document: len(document.text()))
     card = CARD.format(
         name=arguments.out.name,
-        parameters=parameter_count(generator.variables),
+        parameters=sum(math.prod(tensor.shape) for tensor in base.tensors.stored.values()),
         D=g.D, L=g.L, N=g.N, K=g.K, H=g.H, F=g.F, V=g.V, context=g.max_positions,
         python=platform.python_version(),
         files=len(digests),

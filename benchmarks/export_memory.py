@@ -26,20 +26,21 @@ def measure(folder: Path, out: Path, kind: str) -> dict[str, float]:
 
     import mtp_jax.exporting.folder as exporting
     from mtp_jax.exporting.source import Source, find_source
-    from mtp_jax.model.folder import read_geometry
+    from mtp_jax.model.base import open_base
     from mtp_jax.mtp.adapter import AdapterShape, adapter_table
-    from mtp_jax.mtp.adapter_folder import fingerprint, write_adapter
+    from mtp_jax.mtp.adapter_folder import write_adapter
 
-    g = read_geometry(folder)
+    base = open_base(str(folder))
     if kind == "copy":
         from flax.traverse_util import unflatten_dict
 
         shape = AdapterShape(2, 1, 2.0, ("q",), "none")
-        tree = unflatten_dict({w.path: np.zeros(w.shape, np.float32) for w in adapter_table(g, shape)})
-        write_adapter(out / "adapter", g, shape, tree, {"name": str(folder), "fingerprint": fingerprint(folder)}, {})
+        tree = unflatten_dict({w.path: np.zeros(w.shape, np.float32) for w in adapter_table(base.g, shape)})
+        pointer = {"name": str(folder), "fingerprint": base.fingerprint}
+        write_adapter(out / "adapter", base.g, shape, tree, pointer, {})
     np.asarray(jnp.ones(8) + 1)
     floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    source = find_source(None, str(out / "adapter"), None) if kind == "copy" else Source(folder, g, None, "m", None)
+    source = find_source(None, str(out / "adapter"), None) if kind == "copy" else Source(base, None, "m", None)
     exporting.write_export(source, out / "out", dtype=None if kind == "copy" else jnp.dtype("bfloat16"))
     above = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - floor) * 1024
     largest = max(file.stat().st_size for file in (out / "out").glob("*.safetensors"))

@@ -87,14 +87,14 @@ def gap(plain: Any, ids: list[int]) -> float:
 
 def check(a: argparse.Namespace, plain: Any, fast: Any, domains: dict[str, list[torch.Tensor]]) -> bool:
     """Compare tokens and steps; True where all is as it should be."""
-    from mtp_jax.decoding.generator import Generator
+    from mtp_jax.api import load
     from mtp_jax.decoding.plan import parse_plan
 
-    generator, right = Generator.load(a.folder, "float32", a.folder), True
+    loaded, right = load(a.folder, adapter=a.folder, dtype="float32"), True
     context = plain.config.max_position_embeddings - a.new_tokens
     prompts = [ids[:, -context:] for turn in zip(*domains.values(), strict=False) for ids in turn][: a.count]
     for plan in (plan or "quadratic:1" for plan in a.plans):
-        generator.plan = parse_plan(plan)
+        generator = loaded.using(plan=parse_plan(plan))
         same, ties, steps, ours, apart = 0, 0, 0, 0, []
         for i, ids in enumerate(prompts):
             options = {"max_new_tokens": a.new_tokens, "do_sample": False, "attention_mask": torch.ones_like(ids)}

@@ -2,9 +2,9 @@
 
     python benchmarks/interruptions.py --kills 20 --terms 5
 
-Kills strike at random moments, every third as soon as a checkpoint is begun; a run that ends before its kill is started
-again in an empty folder. The damage drill then truncates, empties, deletes and changes a file of each kind, in the
-newest checkpoint and in all of them, and resumes. The exit code is 1 if anything differs.
+Kills strike at random moments, every third as soon as a checkpoint is begun; a run that ends before its turn is started
+again in an empty folder. The damage drill then truncates, empties, deletes and changes a file of each kind of
+the newest checkpoint, and of all of them, and resumes. The exit code is 1 where anything differs.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def result(run: Path) -> tuple[bytes, bytes]:
 
 
 class Drill:
-    """Interrupts runs and notes what became of them."""
+    """Interrupts runs and records what became of them."""
 
     def __init__(self, folder: Path, seed: int):
         self.folder, self.run, self.config = folder, folder / "run", folder / "config.yaml"
@@ -73,7 +73,7 @@ class Drill:
         self.faults = self.completed = 0
 
     def note(self, *row: str) -> None:
-        """A row of the table, also told at once."""
+        """Add a line to the table, and print it at once."""
         print(f"{time.monotonic() - self.begun:6.0f} s  " + ", ".join(row), file=sys.stderr, flush=True)
         self.table.add_row(*row)
 
@@ -89,10 +89,10 @@ class Drill:
         return seconds
 
     def to_the_end(self) -> str:
-        """Let the run go on to its end; returns what it said."""
+        """Let the run finish; returns its output."""
         _, said = (process := start(self.config)).communicate(timeout=LIMIT)
         if process.returncode:
-            raise SystemExit(f"the run did not end well:\n{said}")
+            raise SystemExit(f"the run failed:\n{said}")
         return said
 
     def step(self) -> int:
@@ -158,7 +158,7 @@ class Drill:
                         self.resume(f"{kind} {how}{' in all checkpoints' if everywhere else ''}")
 
     def resume(self, what: str) -> None:
-        """Go on after damage, in this process."""
+        """Resume after damage, in this process."""
         from mtp_jax import train
 
         said, code = io.StringIO(), 0
@@ -174,10 +174,10 @@ class Drill:
         afresh = "starts afresh" in said.getvalue()
         resumed = "afresh" if afresh else said.getvalue().partition("from step ")[2].split()[0]
         same = code == 0 and result(self.run) == self.expected and "Traceback" not in said.getvalue()
-        told = "warning: " in said.getvalue()
-        self.faults += not (same and told)
+        warned = "warning: " in said.getvalue()
+        self.faults += not (same and warned)
         verdict = "equal to the undisturbed run" if same else "DIFFERENT"
-        self.note(what, f"goes on from {resumed}", str(code), verdict + ("" if told else ", NOT TOLD"))
+        self.note(what, f"resumes from {resumed}", str(code), verdict + ("" if warned else ", NOT REPORTED"))
 
 
 def spoil(path: Path, how: str) -> bool:
@@ -217,7 +217,7 @@ def main() -> None:
         for i, number in enumerate(signals):
             drill.interrupt(number, seconds, into_checkpoint=number == signal.SIGKILL and i % 3 == 0)
         if signals:
-            drill.check("let go on to the end", drill.to_the_end())
+            drill.check("allowed to finish", drill.to_the_end())
         if not a.no_damage:
             drill.damage()
         Console(width=140).print(drill.table)

@@ -85,12 +85,11 @@ def measure(folder: Path, dtype: str) -> dict:
     import jax.numpy as jnp
 
     from mtp_jax.config import Mesh
-    from mtp_jax.model.folder import load_params, read_geometry
+    from mtp_jax.model.base import open_base
     from mtp_jax.model.weights import weight_table
     from mtp_jax.sharding import make_mesh, weight_sharding
 
-    g = read_geometry(folder)
-    shardings = None
+    base, shardings = open_base(str(folder)), None
     if jax.device_count() > 1:
         mesh = make_mesh(Mesh(data=2, fsdp=2, tensor=2))
         shardings = lambda weight: weight_sharding(mesh, weight)  # noqa: E731
@@ -108,13 +107,13 @@ def measure(folder: Path, dtype: str) -> dict:
     watcher = threading.Thread(target=watch)
     watcher.start()
     begin = time.perf_counter()
-    params = load_params(folder, g, jnp.dtype(dtype), shardings)
+    params = base.load(jnp.dtype(dtype), shardings)
     seconds = time.perf_counter() - begin
     loaded.set()
     watcher.join()
     highest = max(highest, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     itemsize = jnp.dtype(dtype).itemsize
-    largest = itemsize * max(math.prod(weight.shape) for weight in weight_table(g))
+    largest = itemsize * max(math.prod(weight.shape) for weight in weight_table(base.g))
     target = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
     return {"above": highest - floor, "target": target, "largest": largest, "floor": floor, "seconds": seconds}
 

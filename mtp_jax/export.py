@@ -2,8 +2,12 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from mtp_jax.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from mtp_jax.exporting.source import Source
 
 
 def main() -> None:
@@ -16,7 +20,7 @@ def main() -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder, here or in a bucket (gs://)")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-    parser.add_argument("--model", help="the base model, where it is not where the adapter was trained with it")
+    parser.add_argument("--model", help="the base model, where it is no longer where the adapter was trained with it")
     parser.add_argument(
         "--base",
         choices=["copy", "reference"],
@@ -24,7 +28,7 @@ def main() -> None:
         help="copy the base model's files, bit for bit, or only point to it by name and revision",
     )
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of what was trained; as it is by default"
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of what was trained; as stored by default"
     )
     parser.add_argument("--peft", action="store_true", help="also write the LoRA in PEFT's format, which has no gate")
     parser.add_argument(
@@ -48,22 +52,12 @@ def main() -> None:
             raise UserError("--push-to-hub: the hub takes a folder of this machine; name one with --out.")
     source = find_source(a.run, a.adapter, a.model)
     check_apart(a.out, a.run or a.adapter, source)
+    _check_options(a, source)
     measured = None
-    if source.adapter is None:
-        options = {
-            "--base reference": a.base == "reference",
-            "--peft": a.peft,
-            "--prompts": a.prompts,
-            "--model": a.model,
-        }
-        if given := [name for name, value in options.items() if value]:
-            raise UserError(f"{', '.join(given)}: this run trained a whole model; leave it out.")
-    elif a.base == "reference" and source.name.startswith("bundled:"):
-        raise UserError(f"--base reference: transformers does not know {source.name}; give --base copy.")
-    elif a.prompts:
+    if a.prompts:
         from mtp_jax.exporting.measure import measure
 
-        measured = measure(source.folder, source.adapter.folder, a.prompts)
+        measured = measure(source, a.prompts)
     with target(a.out) as out:
         write_export(source, out, a.base, a.peft, a.dtype and jnp.dtype(a.dtype), measured, a.push_to_hub)
     if a.peft:
@@ -71,6 +65,22 @@ def main() -> None:
     print(f"exported: {a.out if is_bucket(a.out) else out}")
     if a.push_to_hub is not None:
         print(f"uploaded: {upload(out, a.push_to_hub)}")
+
+
+def _check_options(a: argparse.Namespace, source: "Source") -> None:
+    """Raise UserError for options that do not fit what is exported."""
+    if source.adapter is not None:
+        if a.base == "reference" and source.name.startswith("bundled:"):
+            raise UserError(f"--base reference: transformers does not know {source.name}; give --base copy.")
+        return
+    options = {
+        "--base reference": a.base == "reference",
+        "--peft": a.peft,
+        "--prompts": a.prompts,
+        "--model": a.model,
+    }
+    if given := [name for name, value in options.items() if value]:
+        raise UserError(f"{', '.join(given)}: this run trained a whole model; leave it out.")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, nn.logical_to_mesh_axes(("batch", "rows"), RULES))
 
 
-def rows_here(spread: NamedSharding, batch_size: int) -> list[int]:
+def sequences_here(spread: NamedSharding, batch_size: int) -> list[int]:
     """The sequences of a batch that devices of this process compute, in order."""
     indices = spread.addressable_devices_indices_map((batch_size, 1)).values()
     return sorted({row for index in indices if index for row in range(*index[0].indices(batch_size))})

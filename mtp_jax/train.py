@@ -7,7 +7,7 @@ from mtp_jax.errors import run_command
 
 
 def main() -> None:
-    """Parse, train, say where the result is."""
+    """Parse, train, print where the result is."""
     parser = argparse.ArgumentParser(prog="python -m mtp_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file; see configs/")
     parser.add_argument("--adapter", help="start from this adapter; the same as model.adapter=...")

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,13 @@ def read_lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def free_port():
+    """A port on which nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
 def listing(folder):
     """Every file below a folder with its content, to compare before and after."""
     folder = Path(folder)
@@ -245,10 +253,10 @@ class Models:
     @staticmethod
     def load(folder, **options):
         """Geometry and weights of a folder, as every command loads them."""
-        from mtp_jax.model.folder import load_params, read_geometry
+        from mtp_jax.model.base import open_base
 
-        g = read_geometry(folder)
-        return g, load_params(folder, g, **options)
+        base = open_base(str(folder))
+        return base.g, base.load(**options)
 
 
 @pytest.fixture(scope="session")

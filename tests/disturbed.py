@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mtp_jax.model import folder_writer
 from mtp_jax.runs.checkpoints import Checkpoints
-from mtp_jax.runs.journal import Journal
+from mtp_jax.runs.records import Journal
 
 BALLAST = "ballast"
 

@@ -9,12 +9,15 @@ import sys
 import numpy as np
 import pytest
 
-import mtp_jax
+from mtp_jax.api import load
 from mtp_jax.data.documents import python_stdlib
 from mtp_jax.data.sources import split
-from mtp_jax.decoding.plan import quadratic
-from mtp_jax.evaluate import TRAINING_FILES, main
+from mtp_jax.decoding.plan import plain, quadratic
+from mtp_jax.evaluate import main
+from mtp_jax.model.base import open_base
 from mtp_jax.model.folder import bundled_models, find_folder, stored_tensors
+from mtp_jax.mtp.adapter_folder import open_adapter
+from mtp_jax.training.report import TRAINING_FILES
 
 FOLDER = find_folder("bundled:stdlib-5m")
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -45,18 +48,17 @@ def test_digests_are_those_of_the_training_files_and_of_no_held_out_file():
 
 
 def test_it_completes_code():
-    generator = mtp_jax.load("bundled:stdlib-5m", dtype="float32")
+    generator = load("bundled:stdlib-5m", dtype="float32")
     done = generator(["import os\n\n\ndef main("], max_new_tokens=16)[0]
     assert ")" in generator.text(done) and len(done.token_ids) == 16 and done.steps == 15
 
 
 def test_its_adapter_drafts_for_it():
-    generator = mtp_jax.load("bundled:stdlib-5m", adapter="bundled:stdlib-5m", dtype="float32")
+    generator = load("bundled:stdlib-5m", adapter="bundled:stdlib-5m", dtype="float32")
     prompt = ["import os\n\n\ndef read(path):\n    with open(path) as file:\n        "]
-    (plain,) = generator(prompt, max_new_tokens=48)
-    (drafted,) = generator.using(plan=quadratic(4))(prompt, max_new_tokens=48)
-    assert drafted.token_ids == plain.token_ids and drafted.tokens_per_step > 1.5
-    assert generator.shape.masks == 8
+    (alone,), (drafted,) = (generator.using(plan=plan)(prompt, max_new_tokens=48) for plan in (plain(), quadratic(4)))
+    assert drafted.token_ids == alone.token_ids and drafted.tokens_per_step > 1.5
+    assert open_adapter("bundled:stdlib-5m", open_base("bundled:stdlib-5m")).shape.masks == 8
 
 
 def test_what_the_model_was_trained_on_is_left_out_under_any_name(monkeypatch, tmp_path, capsys):

@@ -98,7 +98,7 @@ def test_a_pod_is_compiled_for_without_having_one(
     assert not ended.err
 
 
-def test_a_program_that_cannot_be_read_is_told(planned, write_config, command, monkeypatch):
+def test_a_program_that_cannot_be_read_is_reported(planned, write_config, command, monkeypatch):
     def unreadable(_):
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update")
 
@@ -117,7 +117,7 @@ def test_weights_are_not_looked_for(planned, write_config, command, monkeypatch)
     ("arguments", "says"),
     [
         (["--topology", "v9:2x2"], "unknown chip 'v9'"),
-        (["--topology", "v5e:2x2,"], "an empty name"),
+        (["--topology", "v5e:2x2,"], "holds an empty name"),
         (["--plan", "none"], "give --decode too"),
         (["--decode", "--slots", "0"], "--slots 0: should be at least 1"),
         (["--decode", "--plan", "auto"], "--plan auto measures"),

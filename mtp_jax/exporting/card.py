@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how fast it was measured to be, how to use it."""
+"""The model card of an export: what it is, its measured speed, how to use it."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ def model_card(source: Source, base: str, config: dict[str, Any] | None, repo: s
     Args:
         base: "copy" or "reference".
         config: the exported `mtp_config.json`; None for a whole model.
-        repo: where it is uploaded to; examples otherwise name the folder itself, `.`.
+        repo: the hub repository it is uploaded to; otherwise examples name the folder itself, `.`.
     """
     here = repo or "."
     if config is None:
@@ -140,15 +140,15 @@ def _contents(source: Source, base: str, config: dict[str, Any], peft: bool) -> 
     ]
     if peft:
         lines.append("- `peft/`: the LoRA alone, in PEFT's format, **which has no gate**; see its README")
-    told = [name for name in ("steps", "batch_size", "sequence_length", "target") if name in training]
-    facts = [f"{name.replace('_', ' ')} {training[name]}" for name in told]
+    known = [name for name in ("steps", "batch_size", "sequence_length", "target") if name in training]
+    facts = [f"{name.replace('_', ' ')} {training[name]}" for name in known]
     lines.append(f"\nTrained with mtp_jax: {', '.join(facts)}.\n" if facts else "\nTrained with mtp_jax.\n")
     return "\n".join(lines)
 
 
 def _whole(source: Source, here: str) -> str:
     return (
-        f"# {source.name}\n\nA language model of the {source.g.family} family, trained with mtp_jax.\n\n"
+        f"# {source.name}\n\nA language model of the {source.base.g.family} family, trained with mtp_jax.\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{here}")\n'

@@ -1,4 +1,4 @@
-"""An exported folder: a Hugging Face model, the adapter beside it, and the code that makes use of it."""
+"""An exported folder: a Hugging Face model, the adapter beside it, and the code that uses it."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ import numpy as np
 
 from mtp_jax import storage
 from mtp_jax.errors import FULL_DISK, UserError
-from mtp_jax.exporting.base import convert_weights, copy_companions, copy_weights
+from mtp_jax.exporting.base_files import convert_weights, copy_companions, copy_weights
 from mtp_jax.exporting.card import model_card
 from mtp_jax.exporting.peft import FOLDER as PEFT_FOLDER
 from mtp_jax.exporting.peft import write_peft
-from mtp_jax.exporting.source import Source, dtype_of_model
+from mtp_jax.exporting.source import Source
 from mtp_jax.model.folder_writer import whole_or_absent
 from mtp_jax.mtp.adapter_folder import CONFIG, write_adapter_files
 
@@ -25,7 +25,7 @@ _CODE = "custom_generate"
 
 
 def check_target(name: str, overwrite: bool) -> None:
-    """Raise UserError where `name` is no folder that may be written."""
+    """Raise UserError where `name` is not a folder that may be written."""
     out: Any = name if storage.is_bucket(name) else Path(name).expanduser()
     if storage.is_bucket(name):
         full = bool(storage.listing(name))
@@ -40,13 +40,13 @@ def check_target(name: str, overwrite: bool) -> None:
 
 
 def check_apart(name: str, made_from: str, source: Source) -> None:
-    """Raise UserError where writing `name` would replace what is read, which was given as `made_from`."""
+    """Raise UserError where writing `name` would replace what is read, given as `made_from`."""
     if storage.is_bucket(name):
         if f"{made_from.rstrip('/')}/".startswith(f"{name.rstrip('/')}/"):
             raise UserError(f"--out {name}: holds {made_from}, which the export is made from; name another folder.")
         return
     out = Path(name).expanduser()
-    read = [source.folder, *([source.adapter.folder] if source.adapter else [])]
+    read = [source.base.folder, *([source.adapter.folder] if source.adapter else [])]
     for folder in read:
         if out.resolve() in (folder.resolve(), *folder.resolve().parents):
             raise UserError(f"--out {out}: holds {folder}, which the export is made from; name another folder.")
@@ -54,7 +54,7 @@ def check_apart(name: str, made_from: str, source: Source) -> None:
 
 @contextlib.contextmanager
 def target(name: str) -> Iterator[Path]:
-    """Within: a folder to write into. Where `name` is one of a bucket, it goes there on the way out.
+    """Within: a folder to write into; where `name` is in a bucket, it is uploaded there on the way out.
 
     Raises:
         UserError: a bucket that cannot be written.
@@ -82,11 +82,11 @@ def write_export(
     """Write the folder; it is whole or absent, and replaces an older one.
 
     Args:
-        base: "copy" the base's files, or only make a "reference" to it.
+        base: "copy" the base's files, or only write a "reference" to it.
         peft: also write the LoRA alone in PEFT's format.
         dtype: of the adapter, or of a whole model; as stored by default. A copied base is never changed.
-        measured: what `measure` gives; what the adapter's config holds by default.
-        repo: where it will be uploaded to.
+        measured: what `measure` returns; by default what the adapter's config holds.
+        repo: the hub repository that it will be uploaded to.
     """
     try:
         with whole_or_absent(out) as part:
@@ -108,18 +108,18 @@ def _write(
 ) -> None:
     trained, config = source.adapter, None
     if base == "copy":
-        copy_companions(source.folder, part)
-        if trained is not None or dtype is None or dtype == dtype_of_model(source):
-            copy_weights(source.folder, part)
+        copy_companions(source.base.folder, part)
+        if trained is not None or dtype is None or dtype == source.base.tensors.dtype:
+            copy_weights(source.base, part)
         else:
-            convert_weights(source.folder, part, dtype)
+            convert_weights(source.base, part, dtype)
     if trained is not None:
         pointer = {"name": source.name, "fingerprint": trained.config["base"]["fingerprint"]}
         if source.revision is not None:
             pointer["revision"] = source.revision
         kept, summary = dtype or trained.dtype, trained.config.get("training") or {}
         figures = measured or trained.config.get("measured")
-        write_adapter_files(part, source.g, trained.shape, trained.arrays, pointer, summary, kept, figures)
+        write_adapter_files(part, source.base.g, trained.shape, trained.arrays, pointer, summary, kept, figures)
         code = resources.files("mtp_jax.exporting") / _CODE
         (part / _CODE).mkdir()
         for name in ("generate.py", "requirements.txt"):

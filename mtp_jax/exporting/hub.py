@@ -6,7 +6,7 @@ from mtp_jax.errors import UserError
 
 
 def check_hub(repo: str) -> None:
-    """Raise UserError for a name that no repository can have, or where nobody is logged in."""
+    """Raise UserError for an impossible repository name, or where nobody is logged in."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -27,7 +27,7 @@ def upload(folder: Path, repo: str) -> str:
     """Upload a folder as a model repository, in one commit; returns its address.
 
     Raises:
-        UserError: the hub refused, or cannot be reached. The folder stays.
+        UserError: the hub refused, or cannot be reached; the folder stays.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -38,7 +38,7 @@ def upload(folder: Path, repo: str) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload from mtp_jax")
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--push-to-hub {repo}: {folder} is written, but the hub did not take it: {reason}") from error
+        raise UserError(f"--push-to-hub {repo}: {folder} is written, but the hub refused it: {reason}") from error
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "httpx2"):
             raise

@@ -11,9 +11,9 @@ from mtp_jax.model.weights import leaf_at, weight_table
 
 FOLDER = "peft"
 WARNING = (
-    "PEFT has no gate: it applies this LoRA to every token, where it was trained for mask tokens alone. A model with "
-    "it is NOT the base model, and merging it into the base damages the base. It is of use to inspect or convert the "
-    "matrices; for generation use the adapter one folder up."
+    "PEFT has no gate: it applies this LoRA to every token, though it was trained for mask tokens alone. A model with "
+    "it is NOT the base model, and merging it into the base damages the base. Use it to inspect or convert the "
+    "matrices; for generation, use the adapter one folder up."
 )
 
 
@@ -22,12 +22,12 @@ def write_peft(source: Source, folder: Path, dtype: np.dtype) -> None:
     assert source.adapter is not None
     shape, lora = source.adapter.shape, source.adapter.arrays["lora"]
     tensors, modules = {}, []
-    for weight in weight_table(source.g):
+    for weight in weight_table(source.base.g):
         if weight.path[0] != "layers" or weight.path[1] not in shape.targets or weight.path[2] != "kernel":
             continue
         modules.append(weight.key.split(".")[-2])
         pair = leaf_at(lora, weight.path[:2])
-        for i in range(source.g.L):
+        for i in range(source.base.g.L):
             module = "base_model.model." + weight.key.format(layer=i).removesuffix(".weight")
             for name, kind in (("lora_A", "a"), ("lora_B", "b")):
                 tensors[f"{module}.{name}.weight"] = np.ascontiguousarray(np.asarray(pair[kind][i]).T.astype(dtype))
@@ -45,7 +45,7 @@ def write_peft(source: Source, folder: Path, dtype: np.dtype) -> None:
         "inference_mode": True,
     }
     folder.mkdir()
-    # One entry: the order of several would be by chance, and the file with it.
+    # One entry: the order of several would vary, and with it the file's bytes.
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"warning": WARNING})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(f"# LoRA without its gate\n\n**Warning.** {WARNING}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Accelerators that a program can be compiled for without having one, and what each can do."""
+"""Accelerators that a program can be compiled for without having one, and what each offers."""
 
 import importlib.util
 import os
@@ -9,18 +9,17 @@ import jax
 
 from mtp_jax.errors import UserError
 
-# Share of the peak of arithmetic, of memory bandwidth and of links that expected times are reckoned with. A choice, not
-# a measurement.
+# Share of peak arithmetic, memory bandwidth and link bandwidth that expected times assume. A choice, not a measurement.
 EFFICIENCY = 0.4
 
 
 class Chip(NamedTuple):
-    """What a kind of chip has; per second where it is a rate, from the vendor's data sheets."""
+    """What a kind of chip has, by the vendor's data sheets; rates are per second."""
 
     memory: int  # bytes
     flops: float  # bfloat16
-    bandwidth: float  # bytes of memory
-    links: float  # bytes between chips, in one direction
+    bandwidth: float  # of memory, in bytes
+    links: float  # between chips, in bytes and one direction
     axes: int  # of its topologies
 
 
@@ -33,9 +32,9 @@ CHIPS = {
 
 
 def without_chip() -> None:
-    """Let JAX start on a machine that has libtpu and no TPU; call before JAX is first used.
+    """Let JAX start on a machine that has libtpu but no TPU; call before JAX is first used.
 
-    What libtpu says while it looks for one is no news; two processes may compile at a time.
+    libtpu's messages while it looks for a TPU are silenced, and two processes may compile at the same time.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3"}
@@ -47,7 +46,7 @@ def parse_topology(name: str) -> Chip:
     """The chip of a topology such as v5e:4x4.
 
     Raises:
-        UserError: another form, or a chip that is not known.
+        UserError: a malformed name, or an unknown chip.
     """
     kind, _, sizes = name.partition(":")
     chip = CHIPS.get(kind)
@@ -60,7 +59,7 @@ def parse_topology(name: str) -> Chip:
 
 
 def topology_devices(name: str) -> list[Any]:
-    """The devices of a topology, to compile for; none of them is there.
+    """The devices of a topology, to compile for; none of them is attached.
 
     Raises:
         UserError: the TPU compiler is not installed, or does not know the topology.
@@ -71,7 +70,7 @@ def topology_devices(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)  # the library's search for a TPU of this machine
+    os.dup2(null, 2)  # the library reports its search for a TPU
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
@@ -87,7 +86,7 @@ def topology_devices(name: str) -> list[Any]:
 
 
 def local_chip(device: Any) -> Chip | None:
-    """What is known of a device that is there; None for a CPU."""
+    """What is known about an attached device; None for a CPU."""
     kinds = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
     if device.device_kind in kinds:
         return CHIPS[kinds[device.device_kind]]

@@ -28,25 +28,25 @@ class Instruction(NamedTuple):
 
 @dataclass(frozen=True)
 class Collective:
-    """A communication between chips, as often as a step runs it."""
+    """A communication between chips, and how often a step runs it."""
 
     kind: str
     times: int
-    devices: int  # that take part with each other
-    size: int  # bytes of the whole array, on all of these together
+    devices: int  # that communicate with each other
+    size: int  # bytes of the whole array, over all of these devices
 
     @property
     def moved(self) -> int:
-        """Bytes that a chip receives in a step, by the ring algorithms."""
+        """Bytes that a chip receives in a step, with ring algorithms."""
         passes = 2 if self.kind == "all-reduce" else 1
         share = 1.0 if self.kind == "collective-permute" else (self.devices - 1) / self.devices
         return int(self.times * self.size * passes * share)
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective of a compiled program's HLO, loops taken as often as they run.
+    """Every collective of a compiled program's HLO; one in a loop counts as often as the loop runs.
 
-    A loop whose length the program does not say (decoding's) counts once.
+    A loop whose length the program does not state (decoding's) counts once.
     """
     computations, entry = _computations(text)
     found: list[Collective] = []
@@ -58,13 +58,13 @@ def collectives(text: str) -> list[Collective]:
             kind = instruction.op.removesuffix("-start")
             if kind not in KINDS:
                 continue
-            # One collective that runs beside other work is written in every computation it runs beside.
+            # A collective that overlaps with other work is written in every computation it overlaps with.
             if "chain_id" in instruction.rest and not begun:
                 continue
             kind = "reduce-scatter" if kind == "all-reduce" and scatters else kind
             devices = _group(instruction.rest)
             sizes = array_bytes(instruction.shape)
-            # The result of a start names operands too: of a gather the result is the larger.
+            # The result of a start also names its operands; of a gather the result is the larger.
             size = max(sizes) if instruction.op.endswith("-start") and kind != "all-reduce" else sum(sizes)
             if kind == "reduce-scatter" and instruction.op == "reduce-scatter":
                 size *= devices
@@ -81,10 +81,10 @@ def bytes_by_kind(found: list[Collective]) -> dict[str, int]:
 
 
 def array_bytes(shape: str) -> list[int]:
-    """Bytes of every array in a shape as HLO writes it; a tuple has several."""
+    """Bytes of each array in a shape as HLO writes it; a tuple has several."""
     found = []
     for dtype, dims in _ARRAY.findall(shape):
-        bits = _BITS.get(dtype, 8)  # whatever else there is has eight: pred, s8, the float8 kinds
+        bits = _BITS.get(dtype, 8)  # all others have eight: pred, s8, the float8 kinds
         found.append(math.prod(int(n) for n in dims.split(",") if n) * bits // 8)
     return found
 
@@ -140,7 +140,7 @@ def _trips(computations: dict[str, list[Instruction]], rest: str) -> int:
 
 
 def _group(rest: str) -> int:
-    """How many devices take part in a collective with each other."""
+    """How many devices a collective runs between."""
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(match.group(1).split(","))
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
@@ -156,7 +156,7 @@ def _group(rest: str) -> int:
 def flops(jaxpr: Any) -> float:
     """Operations of all matrix products of a traced program, on all devices together; a multiply and an add are two.
 
-    Scans count as often as they run, other loops once, and what a backward pass computes again counts again.
+    A scan counts as often as it runs, any other loop once; what a backward pass recomputes counts again.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -181,7 +181,7 @@ def flops(jaxpr: Any) -> float:
 
 
 def _inside(equation: Any) -> Iterator[Any]:
-    """The programs within an equation; of a custom derivative only what is run."""
+    """The programs within an equation; of a custom derivative only the one that runs."""
     for value in equation.params.values():
         for leaf in value if isinstance(value, tuple | list) else (value,):
             if isinstance(leaf, jax.extend.core.ClosedJaxpr):

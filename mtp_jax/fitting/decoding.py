@@ -1,4 +1,4 @@
-"""One decoding step from a geometry alone: shapes and shardings, but no array; what `mtp_jax.preflight` compiles."""
+"""One decoding step from a geometry alone, for `mtp_jax.preflight` to compile: shapes and shardings, but no array."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def decoding_program(
     dtype: jnp.dtype,
     mesh: jax.sharding.Mesh,
 ) -> tuple[Any, tuple[Any, ...]]:
-    """A jitted greedy step, its state donated, and shapes of its arguments; weights and cache spread over the mesh."""
+    """A jitted greedy step, its state donated, and its arguments' shapes, weights and cache spread over the mesh."""
     whole = sharding.replicated(mesh)
     forward = XlaForward(Decoder(g, dtype, scanned=False), shape, joined=False)
     decoding = Decoding(forward, Options(plan))
@@ -36,15 +36,16 @@ def decoding_program(
     variables = _placed({name: part for name, part in variables.items() if name != "params"}, whole)
     variables["params"] = params
 
-    rows = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=whole)
-    limits = Limits(rows, jax.ShapeDtypeStruct((1,), jnp.int32, sharding=whole))
+    lengths: Any = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=whole)
+    stop_ids: Any = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=whole)
+    limits = Limits(lengths, stop_ids)
     prompts = jax.ShapeDtypeStruct((batch, min(slots, PREFILL_CHUNK)), jnp.int32)
     room = slots + plan.drafts + 1
 
     def prefill(variables: Any, prompts: Any, lengths: Any, limits: Limits) -> DecodeState:
         return decoding.prefill(variables, prompts, lengths, limits, room, dtype)
 
-    state = jax.eval_shape(prefill, variables, prompts, rows, limits)
+    state = jax.eval_shape(prefill, variables, prompts, lengths, limits)
     cache = sharding.sharding_of(mesh, ("batch", "kv_heads", None, None), (batch, g.K, room, g.H))
     placed = _placed(state._replace(cache=None), whole)._replace(cache=_placed(state.cache, cache))
     step = jax.jit(
@@ -56,7 +57,7 @@ def decoding_program(
 
 
 def _params(g: Geometry, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> Params:
-    """Weights as decoding has them, a dict per layer."""
+    """Weights as decoding holds them, a dict per layer."""
     items: list[tuple[tuple[str, ...], Any]] = []
     for weight in weight_table(g):
         if weight.stacked:

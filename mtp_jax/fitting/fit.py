@@ -1,4 +1,4 @@
-"""Whether a program fits: compiled for a place, attached or not, and held against what its chips have."""
+"""Whether a program fits: compiled for a place, attached or not, and compared with the memory of its chips."""
 
 import contextlib
 import re
@@ -21,7 +21,8 @@ from mtp_jax.fitting.decoding import decoding_program
 from mtp_jax.model.folder import find_folder, read_json
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.mtp.losses import MultiTokenLoss
-from mtp_jax.training.program import Program, adapter_shape, build_program, check_divides
+from mtp_jax.training.objectives import adapter_shape
+from mtp_jax.training.program import Program, build_program, check_divides, check_length
 
 
 class Place(NamedTuple):
@@ -29,8 +30,8 @@ class Place(NamedTuple):
 
     name: str
     mesh: jax.sharding.Mesh
-    chip: Chip | None  # None where nothing is known of it
-    memory: int | None  # bytes of a chip
+    chip: Chip | None  # None where nothing is known about it
+    memory: int | None  # bytes of a chip; None where that is unknown
 
 
 @dataclass(frozen=True)
@@ -47,22 +48,22 @@ class Fit:
     temporaries: int
     peak: int
     flops: float
-    moved: dict[str, int] | None  # bytes received, by kind of collective; None where that could not be found out
-    largest_gather: int  # bytes; what is gathered is whole on each chip
-    seconds: float | None  # expected, of a step
-    tokens: int  # a step works on, or emits at least
-    compiling: float  # seconds it took
+    moved: dict[str, int] | None  # bytes received, by kind of collective; None where the program cannot be read
+    largest_gather: int  # bytes; a gathered array is whole on each chip
+    seconds: float | None  # expected for a step
+    tokens: int  # that a step processes, or emits at least
+    compiling: float  # seconds that compiling took
     remedies: tuple[str, ...] = ()
 
-    def record(self) -> dict[str, Any]:
-        """As a line of JSON."""
+    def figures(self) -> dict[str, Any]:
+        """Every figure by name, for a line of JSON."""
         return asdict(self) | {"efficiency": EFFICIENCY}
 
     def __str__(self) -> str:
         has = "" if self.memory is None else f" of {_gb(self.memory)}"
         verdict = "fits" if self.fits else "DOES NOT FIT"
         if self.moved is None:
-            received = "not known: this compiler's program cannot be read; the time is reckoned without it"
+            received = "not known: this compiler's program cannot be read; the expected time leaves it out"
         else:
             moved = ", ".join(f"{kind} {_gb(size)}" for kind, size in sorted(self.moved.items())) or "none"
             received = f"{moved}; at most {_gb(self.largest_gather)} in one gather"
@@ -87,7 +88,7 @@ def find_geometry(config: Config) -> Geometry:
     """The geometry of a config's model, from its config.json alone.
 
     Raises:
-        UserError: nothing there, or nothing that this decoder computes.
+        UserError: no config.json there, or one of a model that this decoder does not compute.
     """
     model = config.model
     if model.scratch is not None:
@@ -99,39 +100,34 @@ def find_geometry(config: Config) -> Geometry:
         file = find_folder(model.path, patterns=("config.json",)) / "config.json"
     except UserError as error:
         raise UserError(
-            f"model.path={model.path}: its config.json is neither here nor could it be had from the Hugging Face hub; "
-            "give the file with model.geometry=FILE (configs/geometries/ has some)."
+            f"model.path={model.path}: its config.json is not here, and the Hugging Face hub did not give it; name "
+            "a file with model.geometry=FILE (configs/geometries/ has some)."
         ) from error
     return Geometry.from_config(read_json(file), str(file))
 
 
 def place_of(config: Config, topology: str | None) -> Place:
-    """The mesh of a config on a topology, or on the devices that are there.
+    """The mesh of a config on a topology, or on the devices of this machine.
 
     Raises:
         UserError: an unknown topology, or a mesh that does not multiply to its devices.
     """
     if topology is not None:
-        chip = parse_topology(topology)
-        return Place(topology, sharding.make_mesh(config.mesh, topology_devices(topology)), chip, chip.memory)
+        known = parse_topology(topology)
+        return Place(topology, sharding.make_mesh(config.mesh, topology_devices(topology)), known, known.memory)
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
-    chip = local_chip(device)
-    return Place(f"this machine's {device.device_kind}", sharding.make_mesh(config.mesh), chip, limit)
+    return Place(f"this machine's {device.device_kind}", sharding.make_mesh(config.mesh), local_chip(device), limit)
 
 
 def check_training(config: Config, g: Geometry, place: Place) -> Fit:
     """Compile the training step.
 
     Raises:
-        UserError: a batch that does not divide, or sequences longer than the model's context.
+        UserError: a batch that does not divide over the mesh, or sequences longer than the model's context.
     """
     check_divides(config, place.mesh)
-    if config.train.sequence_length > g.max_positions:
-        raise UserError(
-            f"train.sequence_length={config.train.sequence_length} is longer than the model's context of "
-            f"{g.max_positions} (max_position_embeddings)."
-        )
+    check_length(config, g)
     program = build_program(config, g, place.mesh)
     tokens = config.train.batch_size * config.train.sequence_length
     arguments = (program.state, program.frozen, program.batch)
@@ -155,7 +151,7 @@ def check_decoding(config: Config, g: Geometry, place: Place, plan: str | None, 
     ways = {axis: size for axis, size in place.mesh.shape.items() if axis != "data"}
     hints = [f"--slots or --batch-size: less than {slots} tokens of {batch} sequences"]
     if len(place.mesh.devices.flat) > ways["tensor"]:
-        hints.insert(0, "mesh.data=1 mesh.fsdp=1 mesh.tensor=-1: weights and cache parted over all chips")
+        hints.insert(0, "mesh.data=1 mesh.fsdp=1 mesh.tensor=-1: weights and cache split over all chips")
     return _fit(f"decoding {chosen}, batch {batch}", place, step, arguments, batch, tuple(hints))
 
 
@@ -169,7 +165,7 @@ def _fit(what: str, place: Place, step: Any, arguments: Any, tokens: int, hints:
         held = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(arguments))
         try:
             lowered = traced.lower(lowering_platforms=(platform,))
-            # libtpu 0.0.52 makes programs that JAX cannot read back; it prints them itself.
+            # libtpu 0.0.52 makes programs that JAX cannot read back, but it can print them itself.
             options = {"xla_dump_to": printed, "xla_dump_hlo_as_text": True} if platform == "tpu" else None
             compiled = lowered.compile(options)
         except jax.errors.JaxRuntimeError as error:
@@ -194,7 +190,7 @@ def _fit(what: str, place: Place, step: Any, arguments: Any, tokens: int, hints:
     peak = held + temporaries + memory.generated_code_size_in_bytes
     fits = place.memory is None or peak <= place.memory
     seconds = None
-    if place.chip is not None:  # weights are read at least once; communication runs beside arithmetic
+    if place.chip is not None:  # weights are read at least once; communication overlaps with arithmetic
         chip = place.chip
         needed = (work / chip.flops, held / chip.bandwidth, sum((moved or {}).values()) / chip.links)
         seconds = max(needed) / EFFICIENCY
@@ -208,16 +204,16 @@ _UNITS = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def remedies(config: Config, g: Geometry, program: Program) -> tuple[str, ...]:
-    """What of a training run could be set otherwise to need less memory, most helpful first."""
+    """Settings that would reduce memory, most effective first."""
     t, found = config.train, []
     shape, ways = program.mesh.shape, program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     held = sum(_local_bytes(leaf) for leaf in jax.tree.leaves((program.state, program.frozen)))
     if shape["data"] > 1:
-        found.append(f"mesh.data=1 mesh.fsdp={shape['data'] * shape['fsdp']}: weights parted over all chips")
+        found.append(f"mesh.data=1 mesh.fsdp={shape['data'] * shape['fsdp']}: weights split over all chips")
     if config.model.compute_dtype == "float32":
         found.append("model.compute_dtype=bfloat16: half of everything but the optimizer")
     if config.model.remat != "full":
-        found.append("model.remat=full: layers are computed again in the backward pass")
+        found.append("model.remat=full: layers are recomputed in the backward pass")
     sequences = t.batch_size // t.accumulation // ways
     if sequences > 1:
         found.append(f"train.accumulation={t.accumulation * sequences}: one sequence on a chip at a time")

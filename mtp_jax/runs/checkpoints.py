@@ -2,11 +2,11 @@
 
     checkpoints/120/state/         the arrays, by Orbax; all processes write
     checkpoints/120/data/0.json    the data iterator, a file per process, named after the first sequence it feeds
-    checkpoints/120/manifest.json  size and sha256 of every other file, written last: without it 120 was never finished
+    checkpoints/120/manifest.json  size and sha256 of every other file, written last: without it 120 is unfinished
 
-A damaged checkpoint is set aside as 120.damaged and kept, one that was never finished as 120.unfinished until the next
-one is. In a bucket, each process sends the files it wrote, and the first one the manifest, when all have said that
-theirs are there; this machine then keeps nothing but the manifest.
+A damaged checkpoint is set aside as 120.damaged and kept; an unfinished one is set aside as 120.unfinished until the
+next checkpoint is finished. In a bucket, each process uploads the files it wrote, and the first uploads the manifest
+when all have reported theirs; the local copy then keeps the manifest alone.
 """
 
 import json
@@ -37,18 +37,18 @@ State = TypeVar("State", bound=Any)  # a named tuple of trees, with a `step`
 class Checkpoints:
     """The checkpoint folder of a run. A checkpoint exists from the moment its manifest does.
 
-    Use as a context: on the way out, saves still under way are finished, and their errors raised.
+    Use as a context: on the way out, pending saves are finished, and their errors raised.
     """
 
-    def __init__(self, run: RunFolder, config: CheckpointConfig, first_row: int = 0):
-        """`first_row`: the first sequence of the batch that this process feeds."""
-        # Orbax warns of choices made here on purpose and logs, with tracebacks, the errors that it then raises; asyncio
-        # does so for the arrays that were not waited for after the first error.
+    def __init__(self, run: RunFolder, config: CheckpointConfig, first_sequence: int = 0):
+        """`first_sequence`: the first sequence of the batch that this process feeds."""
+        # Orbax warns of choices made here on purpose, and logs, with tracebacks, errors that it then raises; asyncio
+        # logs those of arrays that nobody awaited after the first error.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self.run, self.folder = run, (run.path / "checkpoints").absolute()
-        self.config, self.first_row = config, first_row
-        # Two queues of one thread each: Orbax may save the next checkpoint while the one before is still hashed.
+        self.config, self.first_sequence = config, first_sequence
+        # Two queues of one thread each: Orbax may save the next checkpoint while the last one is still being hashed.
         self.committer, self.sealer = ThreadPoolExecutor(1, "commit"), ThreadPoolExecutor(1, "seal")
         self.saved: Future[None] | None = None
         self.pending: deque[Future[None]] = deque()
@@ -56,7 +56,7 @@ class Checkpoints:
     # ---- finding and restoring
 
     def latest(self) -> int | None:
-        """Step of the newest checkpoint that is whole; damaged ones are set aside with a warning.
+        """Step of the newest whole checkpoint; damaged ones are set aside with a warning.
 
         Raises:
             UserError: a folder that cannot be read or written.
@@ -71,13 +71,13 @@ class Checkpoints:
                 return step
         if steps:
             warn(
-                f"{self._name()}: no whole checkpoint is left. The run starts afresh from step 0; its records are "
+                f"{self._name()}: no whole checkpoint is left. The run starts afresh from step 0; its metrics are "
                 "written anew, and come out the same."
             )
         return None
 
     def is_whole(self, step: int) -> bool:
-        """Whether a checkpoint is there with every byte as it was written; set aside with a warning if not."""
+        """Whether a checkpoint exists with every byte as it was written; a damaged one is set aside with a warning."""
         return processes.from_first(lambda: self._is_whole(step))
 
     def _is_whole(self, step: int) -> bool:
@@ -86,7 +86,7 @@ class Checkpoints:
             return False
         if not (path / MANIFEST).exists():
             aside = self._set_aside(path, "unfinished")
-            warn(f"{name}: this checkpoint was never finished, it has no {MANIFEST}; set aside as {aside.name}.")
+            warn(f"{name}: this checkpoint was never finished (it has no {MANIFEST}). It is set aside as {aside.name}.")
             return False
         self.run.pull(path)
         fault = fault_of(path)
@@ -119,26 +119,26 @@ class Checkpoints:
         return aside
 
     def restore(self, step: int, like: State, batches: grain.DatasetIterator | None = None) -> State:
-        """The state of a whole checkpoint, placed like `like` (shapes and shardings); `batches` moves to where it was.
+        """The state of a whole checkpoint, placed like `like` (shapes and shardings); `batches` is moved to its place.
 
         Raises:
-            UserError: a checkpoint that does not fit.
+            UserError: a checkpoint that does not fit `like`.
         """
         path = self.folder / str(step)
         self.run.pull(path)
         try:
             if self.run.bucket and not processes.is_first() and (fault := fault_of(path)):
-                raise ValueError(f"it did not arrive as it was sent: {fault}")
+                raise ValueError(f"it was damaged on the way: {fault}")
             if batches is not None:
                 files = [name for name in read_manifest(path)["files"] if name.startswith("data/")]
                 batches.set_state(merge_states([json.loads((path / name).read_text()) for name in sorted(files)]))
             with ocp.StandardCheckpointer() as reader:
                 restored = reader.restore(path / "state", like._asdict())
-        except Exception as error:  # what does not fit shows as whatever the reader stumbles over
+        except Exception as error:  # a checkpoint that does not fit shows as any error of the reader
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"{self._name(step)}: the checkpoint is whole and yet cannot be restored ({reason}); "
-                "delete this folder to resume from the one before it."
+                f"{self._name(step)}: the checkpoint is undamaged but cannot be restored ({reason}); "
+                "delete this folder to resume from the checkpoint before it."
             ) from error
         state = jax.block_until_ready(type(like)(**restored))
         self.run.drop(path, MANIFEST)
@@ -147,12 +147,12 @@ class Checkpoints:
     # ---- saving
 
     def save(self, state: Any, batches: grain.DatasetIterator, best: int | None = None) -> None:
-        """Start saving; the arrays are copied before this returns, so that the state may be donated.
+        """Start saving; the arrays are copied before this returns, so the state may be donated.
 
         Args:
-            best: step of the best checkpoint, which is kept beside the newest ones.
+            best: step of the best checkpoint, which is kept along with the newest ones.
         """
-        while len(self.pending) > 1:  # one may still be hashed while the next is saved
+        while len(self.pending) > 1:  # one may still be hashed while the next is being saved
             self.pending.popleft().result()
         step = int(state.step)
         path = self.folder / str(step)
@@ -166,12 +166,12 @@ class Checkpoints:
 
     def _write_data(self, folder: Path, state: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{self.first_row}.{jax.process_index()}.part"
+        part = folder / f".{self.first_sequence}.{jax.process_index()}.part"
         with part.open("w", encoding="utf-8") as file:
             json.dump(state, file)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(folder / f"{self.first_row}.json")  # processes that feed the same rows write the same
+        part.replace(folder / f"{self.first_sequence}.json")  # processes that feed the same sequences write the same
 
     def _seal(self, step: int, best: int | None, saved: "Future[None]") -> None:
         saved.result()
@@ -181,10 +181,10 @@ class Checkpoints:
         if apart and not processes.is_first():
             self.run.push(path)
         if apart:
-            self.run.push_records()  # of this step and maybe more; those of no later one are ever missing
-            # Where processes wrote a file of the same name, what the first one wrote counts, and is sent last.
-            told = processes.to_first(f"checkpoint/{step}", files)
-            files = {name: entry for some in reversed(told) for name, entry in some.items()}
+            self.run.push_records()  # up to this step at least: a checkpoint is never ahead of its metrics
+            # Of files of the same name, the first process's counts: it is uploaded last.
+            reported = processes.to_first(f"checkpoint/{step}", files)
+            files = {name: entry for some in reversed(reported) for name, entry in some.items()}
         if processes.is_first():
             self.run.push(path)
             write_manifest(path, step, files)
@@ -195,11 +195,13 @@ class Checkpoints:
             shutil.rmtree(path)
 
     def _prune(self, newest: int, best: int | None) -> None:
-        """Keep the newest checkpoints and the best one; nothing newer than `newest` is touched."""
+        """Keep the newest checkpoints and the best; nothing newer than `newest` is touched."""
         steps = sorted(step for step in self._steps() if step <= newest)
         finished = [step for step in steps if (self.folder / str(step) / MANIFEST).exists()]
         for step in set(steps) - {*finished[-self.config.keep :], best}:
-            (self.folder / str(step) / MANIFEST).unlink(missing_ok=True)  # half removed is as never finished
+            (self.folder / str(step) / MANIFEST).unlink(
+                missing_ok=True
+            )  # one that is half removed counts as unfinished
             self.run.remove(self.folder / str(step), MANIFEST)
             shutil.rmtree(self.folder / str(step))
         for path in self.folder.glob("*.unfinished*"):
@@ -217,7 +219,7 @@ class Checkpoints:
         return self
 
     def _unraisable(self, what: Any) -> None:
-        # When the writing of one array fails, the others report to an event loop that Orbax has closed by then.
+        # When writing one array fails, the others report to an event loop that Orbax has closed by then.
         if "Event loop is closed" not in str(what.exc_value):
             self.say_unraisable(what)
 
@@ -240,7 +242,7 @@ class Checkpoints:
 
 
 def _checkpointer(shared: bool) -> tuple[ocp.AsyncCheckpointer, Any]:
-    """Of processes that share a folder, or have one each; files of the latter can be put together by copying alone."""
+    """For processes that share a folder, or have one each, whose files can then be merged by copying."""
     if shared:
         return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler()), ocp.args.StandardSave
     each = ocp.options.MultiprocessingOptions(primary_host=None)

@@ -14,13 +14,13 @@ from mtp_jax.errors import FULL_DISK, UserError
 from mtp_jax.runs.folder import RunFolder
 from mtp_jax.storage import BucketLock
 
-# A run may continue with other values of these; anything else would change what it computes.
+# A run may continue with other values of these; any other change would change what it computes.
 FREE = ("output_dir", "checkpoints", "logging", "compilation_cache", "mesh")
 
 
 @contextlib.contextmanager
 def claim(run: RunFolder, config: Config) -> Iterator[None]:
-    """Within: the output folder is this run's and no other process's."""
+    """Within: the output folder belongs to this run and this process group alone."""
     written = run.path / "config.yaml"
     with _locked(run.path) if run.bucket is None else BucketLock(run.bucket):
         run.begin()
@@ -36,7 +36,7 @@ def claim(run: RunFolder, config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Within: a folder is this process's. The system lifts the lock when a process ends."""
+    """Within: the folder is locked for this process; the system releases the lock when the process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a")

@@ -1,7 +1,7 @@
-"""The folder of a run, which may be one of a bucket.
+"""The folder of a run, which may be in a bucket.
 
-A run in a bucket works in a folder of this machine, each process in its own. What it writes there goes to the bucket
-when it is finished, and what says that the rest is there goes last; what it needs to go on comes from there. Nothing
+A run in a bucket works in a local folder, each process in its own. A file goes to the bucket when it is complete; of
+several that belong together, the one that marks them complete goes last. A run resumes from the bucket alone: nothing
 else survives.
 """
 
@@ -19,16 +19,16 @@ RECORDS = ("metrics.jsonl", "timing.jsonl", "tensorboard", "logs")
 
 
 class RunFolder:
-    """Where a run works, `path`, and the folder of a bucket that goes with it; without one, nothing is sent or brought.
+    """The local folder where a run works, `path`, and its counterpart in a bucket; without one, nothing is transferred.
 
-    Use as a context once the folder is this run's: on the way out its records are pushed.
+    Use as a context once the folder is claimed: on the way out, what the run recorded is pushed.
     """
 
     def __init__(self, name: str):
         self.bucket = name.rstrip("/") if storage.is_bucket(name) else None
         self.path, self.begun = Path(name).expanduser(), False
         if self.bucket is not None:
-            # Processes on one machine share nothing either.
+            # Not even processes on one machine share a folder.
             here = storage.scratch_for(f"{self.bucket} {jax.process_index()}")
             self.path = here / self.bucket.rsplit("/", 1)[-1]
 
@@ -40,7 +40,7 @@ class RunFolder:
         return "/".join((self.bucket, *path.relative_to(self.path).parts))
 
     def begin(self) -> None:
-        """Start with nothing: what an earlier process left on this machine may be of any age."""
+        """Start with an empty folder: what an earlier process left on this machine may be outdated."""
         if self.bucket is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
@@ -49,7 +49,7 @@ class RunFolder:
     # ---- from the bucket
 
     def pull(self, path: Path, last: str = "") -> None:
-        """Bring a file, or what a folder has and is not here; nothing of a folder without its file `last`."""
+        """Download a file, or the missing files of a folder; nothing of a folder without its file `last`."""
         if self.bucket is None:
             return
         there = storage.listing(self.name(path))
@@ -58,7 +58,7 @@ class RunFolder:
         storage.download(self.name(path), (name for name in there if not (path / name).is_file()), path)
 
     def pull_names(self, folder: Path, last: str) -> None:
-        """Make the folders that `folder` holds, with nothing in them but their file `last`."""
+        """Make the folders that `folder` holds, each with its file `last` alone."""
         if self.bucket is None:
             return
         there = [name for name in storage.listing(self.name(folder)) if "/" in name]
@@ -69,7 +69,7 @@ class RunFolder:
     # ---- to the bucket
 
     def push(self, path: Path) -> None:
-        """Send a file, or what a folder has."""
+        """Upload a file, or the files of a folder."""
         if self.bucket is None:
             return
         found = [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
@@ -77,12 +77,12 @@ class RunFolder:
         storage.upload(self.path, paths, self.bucket)
 
     def push_result(self, folder: Path, last: str) -> None:
-        """Send a whole folder in place of an older one; its file `last` says that the others are there."""
+        """Upload a whole folder in place of an older one; its file `last`, which marks it complete, goes last."""
         if self.bucket is not None:
             storage.replace(folder, self.name(folder), last)
 
     def push_records(self) -> None:
-        """Send what this process has recorded so far, in files that may grow meanwhile."""
+        """Upload what this process has recorded so far, in files that may still grow."""
         if self.bucket is None:
             return
         for name in RECORDS:
@@ -92,7 +92,7 @@ class RunFolder:
                     storage.write(self.name(path), path.read_bytes())
 
     def move(self, path: Path, to: Path, last: str) -> None:
-        """Rename a folder in the bucket, as it was here."""
+        """Rename a folder in the bucket as it was renamed here."""
         if self.bucket is not None:
             storage.move(self.name(path), self.name(to), last)
 
@@ -102,7 +102,7 @@ class RunFolder:
             storage.remove(self.name(path), first, storage.listing(self.name(path)))
 
     def drop(self, folder: Path, but: str) -> None:
-        """Free this machine of what a folder holds and the bucket has, but for one file."""
+        """Delete the local copy of a folder that the bucket holds, except one file."""
         if self.bucket is None:
             return
         for path in folder.iterdir():
@@ -118,7 +118,7 @@ class RunFolder:
         if not self.begun:
             return
         if error is not None and jax.process_index() != 0 and faults_of(error) is None:
-            traceback.print_exception(error)  # into this process's log, before that is pushed
+            traceback.print_exception(error)  # to this process's log, before the log is pushed
         try:
             if not isinstance(error, Unreachable):
                 self.push_records()

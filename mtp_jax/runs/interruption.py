@@ -1,4 +1,4 @@
-"""SIGTERM, and Ctrl-C once, end a run after the step it is in; a second signal ends it at once."""
+"""SIGTERM or Ctrl-C ends a run after the current step; a second signal ends it at once."""
 
 import contextlib
 import signal
@@ -23,30 +23,30 @@ class Interruption:
 
     def __init__(self, mesh: jax.sharding.Mesh, say: Callable[[str], None]):
         self.mesh, self.say = mesh, say
-        self.signal = 0  # the first one that this process got
+        self.signal = 0  # the first that this process received
         self.undo = contextlib.ExitStack()
-        self.word: jax.Array | None = None
+        self.latest: jax.Array | None = None
         self.largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
 
     def requested(self) -> int:
-        """The signal after which to end, 0 for none: in all processes the same at the same step.
+        """The signal to end after, 0 for none: the same in all processes at the same step.
 
-        Each process puts its signal into a small sum over all devices that runs behind the step, and reads the one of
-        the step before, so that nobody waits.
+        Each process puts its signal into a maximum over all devices, which runs behind the step, and reads the one of
+        the step before, so that no process waits.
         """
         if jax.process_count() == 1:
             return self.signal
         mine = np.array([self.signal], np.int32)
         spread = NamedSharding(self.mesh, PartitionSpec(AXES))
-        before = self.word
-        self.word = self.largest(jax.make_array_from_callback((self.mesh.size,), spread, lambda _: mine))
+        before = self.latest
+        self.latest = self.largest(jax.make_array_from_callback((self.mesh.size,), spread, lambda _: mine))
         return 0 if before is None else int(before)
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is not threading.main_thread():
             return self  # handlers belong to the main thread
-        # A handler of Python's runs only when the main thread is back from whatever it computes or waits for; the
-        # number of a signal is written to this socket as soon as it comes.
+        # Python runs a handler only when the main thread returns from whatever it computes or waits for; the number of
+        # a signal is written to this socket as soon as it arrives.
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         self.undo.callback(ours.close)
@@ -55,7 +55,7 @@ class Interruption:
         self.undo.callback(signal.set_wakeup_fd, before)
         for number in _SIGNALS:
             handler = signal.getsignal(number)
-            if handler is not signal.SIG_IGN:  # as nohup and shells want it for commands in the background
+            if handler is not signal.SIG_IGN:  # ignored by nohup, and by shells for background commands
                 signal.signal(number, lambda *_: None)
                 self.undo.callback(signal.signal, number, signal.SIG_DFL if handler is None else handler)
         threading.Thread(target=self._listen, args=(ours,), name="signals", daemon=True).start()

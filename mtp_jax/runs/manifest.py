@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-_THREADS = 4  # hashing leaves Python's lock; more would only compete for the disk
-
+_THREADS = 4  # hashing releases the interpreter lock; more threads would only compete for the disk
 
 Files = dict[str, dict[str, Any]]
 
 
 def digests(folder: Path) -> Files:
-    """Size and sha256 of every file of a checkpoint, which is on disk from then on."""
+    """Size and sha256 of every file of a checkpoint; on return all of them are on disk."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     with ThreadPoolExecutor(_THREADS) as threads:
         found = list(threads.map(lambda path: _digest(path, sync=True), paths))
@@ -26,7 +25,7 @@ def digests(folder: Path) -> Files:
 
 
 def write_manifest(folder: Path, step: int, files: Files) -> None:
-    """Write what a checkpoint consists of; the manifest appears whole or not at all."""
+    """Write the manifest of a checkpoint, which appears whole or not at all."""
     content = {"step": step, "files": files}
     part = folder / f".{MANIFEST}.part"
     with part.open("w", encoding="utf-8") as file:
@@ -38,15 +37,15 @@ def write_manifest(folder: Path, step: int, files: Files) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest's content; raises OSError or ValueError where it cannot be read or is not what was written."""
+    """The manifest's content; raises OSError or ValueError where it cannot be read or has changed since."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _own_digest(manifest):
-        raise ValueError("it is not what was written")
+        raise ValueError("it has changed since it was written")
     return manifest
 
 
 def fault_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint that has a manifest; None where every byte is what was written."""
+    """What is wrong with a checkpoint that has a manifest; None where every byte is as it was written."""
     try:
         manifest = read_manifest(folder)
     except (OSError, ValueError) as error:
@@ -62,7 +61,7 @@ def fault_of(folder: Path) -> str | None:
             if size != entry["bytes"]:
                 return f"{name} has {size} bytes instead of {entry['bytes']}"
             if _digest(path)[1] != entry["sha256"]:
-                return f"{name} is not what was written: its sha256 differs"
+                return f"{name} has changed since it was written: its sha256 differs"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
@@ -77,7 +76,7 @@ def _digest(path: Path, sync: bool = False) -> tuple[int, str]:
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256")  # a bounded part of the file at a time
+        digest = hashlib.file_digest(file, "sha256")  # reads a bounded part of the file at a time
         return file.tell(), digest.hexdigest()
 
 
@@ -86,7 +85,7 @@ def _own_digest(content: dict[str, Any]) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on disk."""
+    """Force the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

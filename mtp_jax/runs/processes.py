@@ -1,6 +1,6 @@
-"""The processes of a run: the environment says which they are, the first speaks for all of them, and they end together.
+"""The processes of a run: the environment names them, the first speaks for all of them, and they end together.
 
-They exchange words through the key-value store of JAX's coordination service, which needs no device.
+They exchange messages through the key-value store of JAX's coordination service, which needs no device.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from mtp_jax.errors import Interrupted, UserError, end_at_once, faults_of, warn
 
 HEARTBEAT = "MTP_JAX_HEARTBEAT_SECONDS"
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-LOST = 75  # exit code where another process has gone: start the run again (EX_TEMPFAIL)
-_SECONDS = 60.0  # without a sign of life until a process counts as gone
-_JOIN_SECONDS = 300  # for which processes wait for each other at the start
-_BEATS = 6  # signs of life in that time
-_FAREWELL_SECONDS = 10.0  # for which the first process, which holds the service, waits for the others to end
+LOST = 75  # exit code where another process was lost, a temporary failure (EX_TEMPFAIL): rerun the command
+_SECONDS = 60.0  # without a heartbeat until a process counts as lost
+_JOIN_SECONDS = 300  # that processes wait for each other at the start
+_BEATS = 6  # heartbeats in that time
+_FAREWELL_SECONDS = 10.0  # that the first process, which holds the service, waits for the others to end
 _END = "mtp_jax/end"
-_WORDS, _turn = "mtp_jax/word", itertools.count()
+_VALUES, _turn = "mtp_jax/value", itertools.count()
 
 T = TypeVar("T")
 
@@ -41,10 +41,10 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Within: this process is one of those that the environment names, or alone; a fault of one ends all.
+    """Within: this process is one of those that the environment names, or alone; a fault in one ends all.
 
     Raises:
-        UserError: variables of the environment that are wrong or incomplete, or processes that cannot be reached.
+        UserError: wrong or missing environment variables, or processes that cannot be reached.
     """
     seconds = _heartbeat()
     if not _join(seconds):
@@ -73,17 +73,17 @@ def _heartbeat() -> float:
 
 
 def _join(seconds: float) -> bool:
-    """Whether there are several; before anything touches a device."""
+    """Join the other processes before anything touches a device; whether there are any."""
     named = {name: os.environ[name] for name in (ADDRESS, COUNT, INDEX) if os.environ.get(name)}
     if jax.distributed.is_initialized():
         return jax.process_count() > 1
-    if named.get(COUNT) == "1":  # alone, whatever the machine is a part of
+    if named.get(COUNT) == "1":  # alone, whatever cluster the machine is in
         return False
     plain = _plain(named) if COUNT in named or INDEX in named else {}
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-    _when_jax_gives_up(f"the processes of this run did not all come within {_JOIN_SECONDS} s.")
+    jax.config.update("jax_enable_preemption_service", False)  # it would intercept SIGTERM
+    _when_jax_gives_up(f"the processes of this run did not all join within {_JOIN_SECONDS} s.")
     try:
-        # JAX's own heartbeat ends a process without a good word, so ours is to come first.
+        # JAX's own heartbeat ends a process without a readable message, so ours must come first.
         jax.distributed.initialize(
             heartbeat_timeout_seconds=int(1.25 * seconds + 5), initialization_timeout=_JOIN_SECONDS, **plain
         )
@@ -91,13 +91,13 @@ def _join(seconds: float) -> bool:
         _when_jax_gives_up(None)
         reason = str(error).strip().splitlines()[0]
         if not named and ("coordinator_address should be" in reason or "must be called before" in reason):
-            return False  # no cluster here, or a caller that has used its devices already
+            return False  # no cluster here, or the caller has used its devices already
         missing = ", ".join(name for name in (ADDRESS, COUNT, INDEX) if name not in named)
         if named and missing:
-            reason = f"{missing} missing, and no cluster found that would know better ({reason})"
+            reason = f"{missing} missing, and no cluster found that supplies it ({reason})"
         raise UserError(
-            f"the processes of this run cannot be joined: {reason}. Set {ADDRESS}, {COUNT} and {INDEX}, all three, or "
-            f"{COUNT}=1 for a run of one process."
+            f"the processes of this run cannot be joined: {reason}. Set all three of {ADDRESS}, {COUNT} "
+            f"and {INDEX}, or {COUNT}=1 for a run of one process."
         ) from error
     if distributed.global_state.num_processes == 1:
         _when_jax_gives_up(None)
@@ -106,7 +106,7 @@ def _join(seconds: float) -> bool:
 
 
 def _plain(named: dict[str, str]) -> dict[str, Any]:
-    """Arguments from the three variables, all of which are needed where one of them counts or numbers processes."""
+    """Arguments from the three variables; where the count or the index is set, all three are needed."""
     faults = [f"{name} is missing beside {', '.join(named)}." for name in (ADDRESS, COUNT, INDEX) if name not in named]
     for name in (COUNT, INDEX):
         if not named.get(name, "0").isdecimal():
@@ -129,15 +129,15 @@ def _plain(named: dict[str, str]) -> dict[str, Any]:
 
 
 def is_first() -> bool:
-    """Whether this process writes the records and talks to the terminal."""
+    """Whether this process writes the records and reports to the terminal."""
     return jax.process_index() == 0
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` gives in the first process, as JSON allows; all processes call this, and wait for it."""
+    """What `make` returns in the first process, which JSON must be able to hold; all processes call this and wait."""
     if jax.process_count() == 1:
         return make()
-    client, key = _client(), f"{_WORDS}/{next(_turn)}"
+    client, key = _client(), f"{_VALUES}/{next(_turn)}"
     if is_first():
         value = make()
         client.key_value_set(key, json.dumps(value))
@@ -146,9 +146,9 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def to_first(about: str, value: T) -> list[T]:
-    """In the first process, what each gives about a thing, as JSON allows; in others only their own.
+    """In the first process, the values of all processes, which JSON must be able to hold; in others only their own.
 
-    All processes call this, once for each thing, and only the first one waits.
+    All processes call this, once per `about`, and only the first one waits.
     """
     if jax.process_count() == 1:
         return [value]
@@ -170,7 +170,7 @@ def _client() -> Any:
 
 
 class _TimeUp(Exception):
-    """Nobody has said the word yet."""
+    """The value is not there yet."""
 
 
 @contextlib.contextmanager
@@ -187,7 +187,7 @@ _streams: dict[str, int] = {}  # "terminal": where stderr went before it went to
 
 
 def log_to(folder: Path) -> None:
-    """From now on what this process says goes to a log of its own; the first keeps the terminal.
+    """From now on the output of this process goes to a log of its own; the first keeps the terminal.
 
     Raises:
         UserError: a folder that cannot be written.
@@ -211,19 +211,19 @@ def log_to(folder: Path) -> None:
 
 
 class _Watch:
-    """A thread that gives signs of life, looks for those of others, and waits for the word that ends all."""
+    """A thread that sends heartbeats, looks for those of others, and waits for the message that ends all."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
         self.client = _client()
         self.index, self.count = distributed.global_state.process_id, distributed.global_state.num_processes
         self.heard = {i: ("", time.monotonic()) for i in range(self.count)}
-        _when_jax_gives_up(None if self.index == 0 else _FIRST_IS_GONE)
+        _when_jax_gives_up(None if self.index == 0 else _FIRST_IS_LOST)
         self.thread = threading.Thread(target=self._watch, name="processes", daemon=True)
         self.thread.start()
 
     def finish(self) -> None:
-        """This process is done; returns when the first is."""
+        """This process is done; returns when the first process is."""
         if self.index == 0:
             self._say(0)
         self.thread.join()
@@ -233,8 +233,8 @@ class _Watch:
         known = faults_of(error)
         if known is None:
             fault = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
-            if _comes_from_jax(error):  # most likely another process has gone: let the heartbeat find out which
-                warn(f"{fault}; waiting for signs of life of the other processes.")
+            if _comes_from_jax(error):  # most likely another process was lost: let the heartbeat find out which
+                warn(f"{fault}; waiting for heartbeats of the other processes.")
                 self.thread.join(self.seconds * (1 + 2 / _BEATS) + 5)
             traceback.print_exception(error)
             known = 1, (fault,)
@@ -243,9 +243,9 @@ class _Watch:
         end_at_once(known[0])
 
     def _say(self, code: int, faults: tuple[str, ...] = (), lost: int | None = None) -> None:
-        word = {"code": code, "faults": faults, "by": self.index, "lost": lost}
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first
-            self.client.key_value_set(_END, json.dumps(word))
+        message = {"code": code, "faults": faults, "by": self.index, "lost": lost}
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
+            self.client.key_value_set(_END, json.dumps(message))
 
     def _watch(self) -> None:
         for beat in itertools.count():
@@ -254,14 +254,14 @@ class _Watch:
                     self.client.key_value_set(f"mtp_jax/beat/{self.index}", str(beat), allow_overwrite=True)
                     if self.index == 0:
                         self._look_for_the_lost()
-                    word = json.loads(self.client.blocking_key_value_get(_END, int(1000 * self.seconds / _BEATS)))
+                    message = json.loads(self.client.blocking_key_value_get(_END, int(1000 * self.seconds / _BEATS)))
             except _TimeUp:
                 continue
-            except jax.errors.JaxRuntimeError:  # without the service JAX ends this process
+            except jax.errors.JaxRuntimeError:  # without the service, JAX ends this process
                 time.sleep(self.seconds / _BEATS)
                 continue
-            if word["code"] != 0:
-                self._end(word)
+            if message["code"] != 0:
+                self._end(message)
             return
 
     def _look_for_the_lost(self) -> None:
@@ -273,24 +273,24 @@ class _Watch:
         for i, (_, last) in self.heard.items():
             if now - last > self.seconds:
                 fault = (
-                    f"process {i} of {self.count} is gone: it gave no sign of life for {self.seconds:g} s. All others "
-                    "end; the same command, in all processes, goes on from the last checkpoint."
+                    f"process {i} of {self.count} is lost: it sent no heartbeat for {self.seconds:g} s. All others "
+                    "end; rerun the command in all processes to continue from the last checkpoint."
                 )
                 self._say(LOST, (fault,), lost=i)
 
-    def _end(self, word: dict[str, Any]) -> NoReturn:
-        if self.index == 0 or "terminal" in _streams:  # the first speaks for those that have no log yet
-            whose = "" if word["by"] == 0 else f"process {word['by']}: "
-            for fault in word["faults"]:
+    def _end(self, message: dict[str, Any]) -> NoReturn:
+        if self.index == 0 or "terminal" in _streams:  # the first reports for those that have no log yet
+            whose = "" if message["by"] == 0 else f"process {message['by']}: "
+            for fault in message["faults"]:
                 print(f"error: {whose}{' '.join(fault.split())}", file=sys.stderr)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.client.key_value_set(f"mtp_jax/bye/{self.index}", "")
             until = time.monotonic() + _FAREWELL_SECONDS
             for i in range(1, self.count if self.index == 0 else 0):
-                if i != word["lost"]:
+                if i != message["lost"]:
                     left = max(int(1000 * (until - time.monotonic())), 1)
                     self.client.blocking_key_value_get(f"mtp_jax/bye/{i}", left)
-        end_at_once(word["code"])
+        end_at_once(message["code"])
 
 
 def _comes_from_jax(error: BaseException | None) -> bool:
@@ -301,17 +301,17 @@ def _comes_from_jax(error: BaseException | None) -> bool:
     return False
 
 
-_FIRST_IS_GONE = (
-    "the first process, which the others speak through, is gone or cannot be reached. This process ends; the same "
-    "command, in all processes, goes on from the last checkpoint."
+_FIRST_IS_LOST = (
+    "the first process, which coordinates the others, is lost or cannot be reached. This process ends; rerun the "
+    "command in all processes to continue from the last checkpoint."
 )
-_last_words = [""]
+_last_message = [""]
 
 
 def _give_up(_: int) -> None:
     for stream in {2, _streams.get("terminal", 2)}:
         with contextlib.suppress(OSError):
-            os.write(stream, f"error: {_last_words[0]}\n".encode())
+            os.write(stream, f"error: {_last_message[0]}\n".encode())
     os._exit(LOST)
 
 
@@ -319,9 +319,9 @@ _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 _give_up_in_c = _handler(_give_up)
 
 
-def _when_jax_gives_up(words: str | None) -> None:
-    """Say this before the process ends where JAX cannot reach the service; None: let it end as JAX wants."""
-    # JAX aborts the process from a thread of its own, and takes no callback from Python that it could call first. A
-    # handler of Python's would only note the signal, and abort() goes on as soon as a handler returns.
-    _last_words[0] = words or ""
-    ctypes.CDLL(None).signal(int(signal.SIGABRT), _give_up_in_c if words else _handler(int(signal.SIG_DFL)))
+def _when_jax_gives_up(message: str | None) -> None:
+    """Print `message` before JAX, unable to reach the service, ends the process; None leaves that to JAX."""
+    # JAX aborts the process from a thread of its own, and accepts no Python callback to call first. A Python signal
+    # handler would only note the signal, and abort() proceeds as soon as a handler returns.
+    _last_message[0] = message or ""
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), _give_up_in_c if message else _handler(int(signal.SIG_DFL)))

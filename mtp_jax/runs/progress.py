@@ -1,4 +1,4 @@
-"""The bar a person watches: loss and time left; plain lines now and then where there is no terminal."""
+"""The progress bar: loss and time left; without a terminal, a plain line now and then."""
 
 import time
 
@@ -9,7 +9,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """Use as a context; `update` after every step. `quiet` where another process speaks."""
+    """Use as a context; call `update` after every step. `quiet` where another process reports."""
 
     def __init__(self, steps: int, start: int, quiet: bool = False):
         self.console = Console(stderr=True, quiet=quiet)
@@ -45,5 +45,5 @@ class ProgressBar:
             self.say(f"step {step}/{self.steps}  loss {loss:.4f}  {left / 60:.1f} min left")
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)

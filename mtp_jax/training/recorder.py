@@ -1,4 +1,4 @@
-"""Turns what each step computed into lines of the records and of the progress bar."""
+"""Turns the numbers of each step into lines of metrics.jsonl and timing.jsonl, and into progress."""
 
 import math
 import time
@@ -10,14 +10,14 @@ import numpy as np
 from mtp_jax.config import Config
 from mtp_jax.data.batches import Batch
 from mtp_jax.errors import UserError
-from mtp_jax.runs.journal import Journal, Trackers
 from mtp_jax.runs.progress import ProgressBar
+from mtp_jax.runs.records import Journal, Trackers
+from mtp_jax.training.evaluation import plain
 from mtp_jax.training.step import WEIGHTS_FINITE
-from mtp_jax.training.tasks import plain
 
 _WHEN_NOT_FINITE = (
-    "Nothing of this step was saved: lower train.learning_rate or mend the data, and start again in a new output_dir "
-    "(other settings) or in this one (mended data), which resumes from the last checkpoint."
+    "Nothing of this step was saved: lower train.learning_rate and start in a new output_dir, or correct the data and "
+    "rerun in this one, which resumes from the last checkpoint."
 )
 
 
@@ -39,7 +39,7 @@ class Recorder:
         self.clock = time.perf_counter()
 
     def step(self, step: int, values: Any, batch: Batch, waited: float) -> None:
-        """Take a step's numbers, still being computed, and write those of the step before."""
+        """Take a step's numbers, which are still being computed, and write those of the step before."""
         self.finish()
         self.pending = (step, values, batch, waited)
 
@@ -58,7 +58,7 @@ class Recorder:
         self.progress.update(step, values["loss"])
         if step % self.config.logging.every == 0 or step == self.config.train.steps:
             self.line(step, values)
-            # Of all processes; each knows its own sequences of the batch.
+            # Figures are of all processes; each has only its own sequences of the batch.
             share = len(batch["tokens"]) / self.config.train.batch_size
             self.timing.write(
                 {
@@ -71,12 +71,12 @@ class Recorder:
             )
 
     def line(self, step: int, values: dict[str, Any]) -> None:
-        """Write one line to all records; raises UserError where a held-out loss is not finite."""
+        """Write one line of metrics, also to the trackers; raises UserError where a held-out loss is not finite."""
         if not math.isfinite(values.get("held_out_loss", 0.0)):
             raise UserError(f"the held-out loss at step {step} is not finite; {_WHEN_NOT_FINITE}")
-        record = {"step": step, **values}
-        self.metrics.write(record)
-        self.trackers.write(record)
+        line = {"step": step, **values}
+        self.metrics.write(line)
+        self.trackers.write(line)
         if "held_out_loss" in values:
             self.progress.say(f"step {step}  {_summary(values)}")
 
@@ -84,8 +84,8 @@ class Recorder:
         names = [self.documents[i].name for i in np.unique(batch["documents"][batch["segments"] != 0])]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return (
-            f"step {step} is not finite (loss {values['loss']}, gradient norm {values['gradient_norm']}, weights after "
-            f"it {'finite' if weights_finite else 'not finite'}); batch {step} holds {shown}. {_WHEN_NOT_FINITE}"
+            f"step {step} is not finite (loss {values['loss']}, gradient norm {values['gradient_norm']}, weights "
+            f"after it {'finite' if weights_finite else 'not finite'}); batch {step} holds {shown}. {_WHEN_NOT_FINITE}"
         )
 
 

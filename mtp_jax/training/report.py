@@ -1,67 +1,130 @@
-"""What an adapter foresees on held-out text: figures, a table and a plot."""
+"""What `mtp_jax.evaluate` reports: held-out figures of a base model or of an adapter, as numbers, tables and a plot."""
 
+import hashlib
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
 from mtp_jax import sharding
-from mtp_jax.config_file import validate
+from mtp_jax.config import Evaluation, Mesh, Source
+from mtp_jax.data.batches import Anchors
 from mtp_jax.data.documents import Document
 from mtp_jax.data.held_out import held_out_batches
-from mtp_jax.mtp.adapter_folder import find_adapter, read_shape
-from mtp_jax.runs.folder import RunFolder
-from mtp_jax.training.base import find_base
-from mtp_jax.training.program import build_program
-from mtp_jax.training.tasks import MultiTokenTask
+from mtp_jax.data.sources import source_documents, split
+from mtp_jax.errors import UserError
+from mtp_jax.model.base import Base
+from mtp_jax.model.decoder import Decoder
+from mtp_jax.model.folder import read_json
+from mtp_jax.mtp.adapter import adapter_table
+from mtp_jax.mtp.adapter_folder import Adapter
+from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
+from mtp_jax.training.evaluation import AdapterEvaluation, NextTokenEvaluation
+from mtp_jax.training.objectives import NextToken, make_decoder
+
+# What a model folder may hold: names and sha256 digests of the documents it was trained on.
+TRAINING_FILES = "training_files.json"
+_STDLIB_SHARE = 0.05  # held out of python-stdlib by default, as in training
+_LONGEST = 512  # rows of a sequence by default
+_LOSS_CHUNK = 2048
+_ANCHORS = 64  # blocks in a sequence, as in training by default
+
+
+class Sequences(NamedTuple):
+    """How documents are cut into batches."""
+
+    length: int  # T
+    batch_size: int
+    batches: int | None  # at most so many; None for all
+
+
+class HeldOut(NamedTuple):
+    """Documents to evaluate on."""
+
+    documents: list[Document]
+    left_out: int  # that the model was trained on, under whatever name
+
+
+def find_held_out(base: Base, text: str | None, separator: str | None, share: float | None) -> HeldOut:
+    """The held-out documents of a text source, or of python-stdlib, without those the model was trained on.
+
+    Args:
+        share: held out by name; by default all of `text`, and a twentieth of python-stdlib.
+    Raises:
+        UserError: a source that cannot be read, or no document left.
+    """
+    if text is None:
+        found, usual = source_documents(Source(kind="python-stdlib")), _STDLIB_SHARE
+    else:
+        found, usual = source_documents(Source(kind="text", path=text, separator=separator), "--text"), 1.0
+    _, held = split(found, usual if share is None else share)
+    listed = base.folder / TRAINING_FILES
+    trained = set(read_json(listed).values()) if listed.is_file() else set()
+    fresh = [document for document in held if hashlib.sha256(document.text().encode()).hexdigest() not in trained]
+    if not fresh:
+        raise UserError(f"no held-out document to evaluate on ({len(held)} held out).")
+    return HeldOut(fresh, len(held) - len(fresh))
+
+
+def sequence_length(base: Base, adapter: Adapter | None, asked: int | None) -> int:
+    """The length asked for, or the model's context, at most 512.
+
+    Raises:
+        UserError: longer than the context, or without room for a block of the adapter's masks.
+    """
+    context = base.g.max_positions
+    length = min(context, _LONGEST) if asked is None else asked
+    if not 2 <= length <= context:
+        raise UserError(f"--sequence-length {length}: should be from 2 to the model's context of {context}.")
+    if adapter is not None and length <= adapter.shape.masks:
+        raise UserError(
+            f"--sequence-length {length}: is shorter than a block: one real token and the adapter's "
+            f"{adapter.shape.masks} masks."
+        )
+    return length
+
+
+def base_figures(base: Base, held: HeldOut, of: Sequences, dtype: jnp.dtype) -> dict[str, Any]:
+    """Numbers of documents, and what `NextTokenEvaluation` gives."""
+    objective = NextToken(Decoder(base.g, dtype), _LOSS_CHUNK)
+    batches = held_out_batches(held.documents, base.tokenizer, of.batch_size, of.length, of.batches)
+    with jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
+        figures = NextTokenEvaluation(objective, jax.device_put)(base.load(dtype), batches)
+    return {"documents": len(held.documents), "left_out": held.left_out, **figures}
 
 
 def adapter_figures(
-    model: str,
-    adapter: str,
-    documents: list[Document],
-    sequence_length: int,
-    batch_size: int,
-    batches: int | None,
-    prompts: int,
-    dtype: str,
+    base: Base, adapter: Adapter, held: HeldOut, of: Sequences, prompts: int, dtype: jnp.dtype
 ) -> dict[str, Any]:
-    """Loss terms, teacher-forced agreement by offset, and estimated tokens per step, as training reports them."""
-    shape = read_shape(find_adapter(adapter))
-    config = validate(
-        {
-            "objective": "multi_token",
-            "output_dir": "unused",
-            "model": {"path": model, "adapter": adapter, "compute_dtype": dtype},
-            "data": {"sources": [{"kind": "python-stdlib"}]},
-            "lora": {
-                "rank": shape.rank,
-                "alpha": shape.alpha,
-                "targets": list(shape.targets),
-                "gated": shape.gated,
-            },
-            "mtp": {"masks": shape.masks, "sampler": shape.sampler},
-            "train": {
-                "steps": 1,
-                "batch_size": batch_size,
-                "sequence_length": sequence_length,
-                "learning_rate": 1.0,
-            },
-            "evaluation": {"prompts": prompts},
-        },
-        "evaluate",
-    )
-    mesh = sharding.make_mesh(config.mesh)
+    """What `AdapterEvaluation` gives, as training reports it; tokens per step are estimated on so many prompts."""
+    mesh = sharding.make_mesh(Mesh())
     with sharding.on(mesh):
-        base = find_base(config, [], RunFolder(config.output_dir))
-        program = build_program(config, base.g, mesh)
-        task = MultiTokenTask(config, base, program, lambda batch: jax.device_put(dict(batch)))
-        trained = task.start()
-        task.choose_prompts(documents)
-        held = held_out_batches(documents, base.tokenizer, batch_size, sequence_length, batches, program.anchors)
-        return task.evaluate(trained, held)
+        decoder = make_decoder(base.g, dtype, of.length, mesh)
+        objective = MultiTokenLoss(decoder, adapter.shape, LossTerms(), _LOSS_CHUNK)
+        frozen = {"params": base.load(dtype, partial(sharding.weight_sharding, mesh))}
+        placed = sharding.table_sharding(mesh, adapter_table(base.g, adapter.shape))
+        trained = jax.tree.map(sharding.put, adapter.arrays, placed)
+        wanted = Evaluation(prompts=prompts)
+        place, step = lambda batch: jax.device_put(dict(batch)), 1
+        evaluate = AdapterEvaluation(base, frozen, objective, mesh, place, wanted, held.documents, step)
+        anchors = Anchors(min(_ANCHORS, of.length), seed=0)
+        batches = held_out_batches(held.documents, base.tokenizer, of.batch_size, of.length, of.batches, anchors)
+        return evaluate(trained, batches)
+
+
+# ---- in print
+
+
+def print_base(figures: dict[str, Any], length: int) -> None:
+    """Loss and accuracy, and what they are means over."""
+    left_out = f"{figures['left_out']} more left out: the model was trained on them"
+    print(f"{figures['documents']} held-out documents ({left_out})")
+    print(f"held-out loss {figures['loss']:.4f} nats per token, next-token accuracy {figures['accuracy']:.4f}")
+    print(f"over {figures['tokens']} tokens in sequences of {length}")
 
 
 def print_table(figures: dict[str, Any], console: Console) -> None:
@@ -79,7 +142,7 @@ def print_table(figures: dict[str, Any], console: Console) -> None:
 
 
 def plot(figures: dict[str, Any], file: Path) -> None:
-    """Both as a picture."""
+    """Both tables as a picture."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""A training run from config to finished model, and from wherever an earlier attempt was cut off."""
+"""A training run from config to finished model, resuming wherever an earlier attempt was cut off."""
 
 import os
 import shutil
@@ -13,24 +13,23 @@ import numpy as np
 
 from mtp_jax import sharding, storage
 from mtp_jax.config import Config
-from mtp_jax.data.batches import Batch, training_batches
+from mtp_jax.data.batches import training_batches
 from mtp_jax.data.held_out import held_out_batches
 from mtp_jax.data.sources import check_supervision, read_sources
 from mtp_jax.errors import Interrupted, UserError, warn
 from mtp_jax.model.folder_writer import parameter_count, whole_or_absent
 from mtp_jax.runs import processes
-from mtp_jax.runs.best import Best
 from mtp_jax.runs.checkpoints import Checkpoints
 from mtp_jax.runs.claim import claim
 from mtp_jax.runs.folder import RunFolder
 from mtp_jax.runs.interruption import Interruption
-from mtp_jax.runs.journal import Journal, Trackers, check_trackers
 from mtp_jax.runs.progress import ProgressBar
-from mtp_jax.training.base import check_base, find_base
+from mtp_jax.runs.records import Best, Journal, Trackers, check_trackers
 from mtp_jax.training.program import build_program, check_divides
 from mtp_jax.training.recorder import Recorder
+from mtp_jax.training.start import starting_adapter, starting_base, with_tokenizer
 from mtp_jax.training.step import TrainState
-from mtp_jax.training.tasks import MultiTokenTask, check_adapter, make_task
+from mtp_jax.training.tasks import make_task
 
 
 def train(config: Config) -> str:
@@ -40,61 +39,55 @@ def train(config: Config) -> str:
         UserError: input that cannot be trained on, an output folder of another run, a loss that is not finite.
         Interrupted: by SIGTERM or Ctrl-C; the last step is saved.
     """
-    # ---- where everything lies, checked before anything is written
+    # ---- mesh
     mesh = sharding.make_mesh(config.mesh)
     check_divides(config, mesh)
+    batch_size, length = config.train.batch_size, config.train.sequence_length
+    here = sharding.sequences_here(sharding.batch_sharding(mesh), batch_size)  # of each batch, fed by this process
+
+    # ---- data, base model and adapter: all is checked before anything is written
     run = RunFolder(config.output_dir)
-    run_dir = run.path
     training, held_out = read_sources(config.data)
     if config.evaluation.every is not None and not held_out:
         raise UserError(
             "evaluation.every is set, but no document fell to the held-out part: add documents, set "
-            "data.sources.N.separator to part a file into documents, raise data.held_out, or unset evaluation.every."
+            "data.sources.N.separator to split a file into documents, raise data.held_out, or unset evaluation.every."
         )
-    length, too_long = config.train.sequence_length, config.data.too_long
-    supervision = check_supervision(training, check_base(config), length, too_long)
-    check_adapter(config)
+    base = starting_base(config)
+    supervision = check_supervision(training, base.tokenizer, length, config.data.too_long)
+    adapter = starting_adapter(config, base)
     check_trackers(config)
     enable_compilation_cache(config.compilation_cache)
-
-    spread = sharding.batch_sharding(mesh)
-    rows = sharding.rows_here(spread, config.train.batch_size)  # of each batch, what this process feeds
 
     with (
         claim(run, config) if processes.is_first() else nullcontext(),
         run,
         sharding.on(mesh),
-        Checkpoints(run, config.checkpoints, rows[0]) as checkpoints,
+        Checkpoints(run, config.checkpoints, here[0]) as checkpoints,
     ):
         processes.from_first(lambda: None)  # the folder is ours
         _bring_records(run)
-        processes.log_to(run_dir / "logs")
+        processes.log_to(run.path / "logs")
 
-        # ---- model, data, objective
-        base = find_base(config, training, run)
-
-        def place(batch: Batch) -> dict[str, jax.Array]:
-            arrays = {name: np.asarray(value) for name, value in batch.items() if name != "documents"}
-            return {
-                name: jax.make_array_from_process_local_data(spread, array, (config.train.batch_size, *array.shape[1:]))
-                for name, array in arrays.items()
-            }
-
+        # ---- program, and batches for it
+        base = with_tokenizer(base, config, training, run)
         program = build_program(config, base.g, mesh)
-        task = make_task(config, base, program, place)
+        task = make_task(config, base, adapter, program, held_out)
+        weights = [1.0] if config.data.continuations else [source.weight for source in config.data.sources]
         batches, documents = training_batches(
-            training,
-            [1.0] if config.data.continuations else [source.weight for source in config.data.sources],
-            base.tokenizer,
-            config.train.batch_size,
-            config.train.sequence_length,
-            config.seed,
-            program.anchors,
-            too_long=too_long,
-            sequences=rows,
+            *(training, weights, base.tokenizer, batch_size, length, config.seed, program.anchors),
+            too_long=config.data.too_long,
+            sequences=here,
         )
 
-        # ---- state
+        def evaluate(trained: Any) -> dict[str, Any]:
+            limit = config.evaluation.batches
+            held = held_out_batches(
+                held_out, base.tokenizer, batch_size, length, limit, program.anchors, sequences=here
+            )
+            return {f"held_out_{name}": value for name, value in task.evaluate(trained, held).items()}
+
+        # ---- state: of the newest checkpoint, or fresh
         start = checkpoints.latest()
         if start is not None:
             state = checkpoints.restore(start, program.state, batches)
@@ -103,29 +96,15 @@ def train(config: Config) -> str:
             optimizer = jax.jit(program.tx.init, out_shardings=program.placed.optimizer)(params)
             state = TrainState(sharding.put(np.int32(0), sharding.replicated(mesh)), params, optimizer)
         start = start or 0
-        if config.evaluation.every is not None and isinstance(task, MultiTokenTask):
-            task.choose_prompts(held_out)
 
         # ---- records, cut back to where the state is
-        metrics, timing = Journal(run_dir / "metrics.jsonl"), Journal(run_dir / "timing.jsonl")
+        metrics, timing = Journal(run.path / "metrics.jsonl"), Journal(run.path / "timing.jsonl")
         metrics.cut(start)
         timing.cut(start)
-        trackers = Trackers(config, run_dir, start)
-        best = Best(processes.from_first(metrics.records) if config.checkpoints.keep_best else [])
+        trackers = Trackers(config, run.path, start)
+        best = Best(processes.from_first(metrics.lines) if config.checkpoints.keep_best else [])
 
-        # ---- steps
-        def held_out_figures() -> dict[str, Any]:
-            held = held_out_batches(
-                held_out,
-                base.tokenizer,
-                config.train.batch_size,
-                config.train.sequence_length,
-                config.evaluation.batches,
-                program.anchors,
-                sequences=rows,
-            )
-            return {f"held_out_{name}": value for name, value in task.evaluate(state.trained, held).items()}
-
+        # ---- loop
         with (
             ProgressBar(config.train.steps, start, quiet=not processes.is_first()) as progress,
             Interruption(mesh, progress.say) as interruption,
@@ -134,81 +113,81 @@ def train(config: Config) -> str:
                 progress.say(f"resuming {run.name()} from step {start}")
             for line in supervision:
                 progress.say(line)
-            progress.say(
-                f"training {parameter_count(state.trained):,} parameters, {parameter_count(task.frozen):,} frozen"
-            )
+            frozen = parameter_count(task.frozen or {})
+            progress.say(f"training {parameter_count(state.trained):,} parameters, {frozen:,} frozen")
             record = Recorder(config, metrics, timing, trackers, progress, documents)
             for step in range(start + 1, config.train.steps + 1):
                 waited = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - waited
-                placed = place(batch)
+                placed = program.place(batch)
                 if step == 1:
                     _check_trainable(placed, sharding.replicated(mesh))
                 state, values = program.step(state, task.frozen, placed)
                 record.step(step, values, batch, waited)  # reads the step before, while this one runs
                 stop = interruption.requested()
-                due = step == config.train.steps or stop
+                last = step == config.train.steps
                 better = False
-                if config.evaluation.every and (step == config.train.steps or step % config.evaluation.every == 0):
+                if config.evaluation.every and (last or step % config.evaluation.every == 0):
                     record.finish()
-                    figures = held_out_figures()
+                    figures = evaluate(state.trained)
                     record.line(step, figures)
                     better = config.checkpoints.keep_best and best.offer(step, figures)
-                if due or better or step % config.checkpoints.every == 0:
+                if last or stop or better or step % config.checkpoints.every == 0:
                     record.finish()  # nothing after a non-finite loss is ever saved
                     metrics.sync()  # nor a state whose records could still be lost
                     timing.sync()
                     checkpoints.save(state, batches, best.step)
-                if stop and step < config.train.steps:
+                if stop and not last:
                     checkpoints.finish()
                     raise Interrupted(
                         f"{signal.Signals(stop).name}: stopped after step {step} of {config.train.steps}, which is "
-                        "saved; the same command goes on from there.",
+                        "saved; rerun the command to continue from there.",
                         stop,
                     )
             record.finish()
             progress.say(batches.summary())
 
-            # ---- the finished model, and the best one
+            # ---- result, and beside it that of the best step
             checkpoints.finish()
-            out = task.write(run_dir, state.trained, metrics.last_figures())
+            out = task.write(run.path, state.trained, metrics.last_figures())
+            best_folder = run.path / "best"
             if best.step == config.train.steps:
                 if processes.is_first():
-                    _link(out, run_dir / "best" / out.name)
+                    _link(out, best_folder / out.name)
             elif best.step is not None and checkpoints.is_whole(best.step):
                 jax.tree.map(lambda leaf: leaf.delete(), state)  # never two states at a time
                 state = checkpoints.restore(best.step, program.state)
-                task.write(run_dir / "best", state.trained, best.figures)
+                task.write(best_folder, state.trained, best.figures)
             elif best.step is not None and processes.is_first():
-                where = run.name(run_dir / "best")
-                warn(f"step {best.step} was the best, and its checkpoint is lost: {where} is not written.")
+                where = run.name(best_folder)
+                warn(f"step {best.step} was the best, but its checkpoint is lost: {where} is not written.")
             if best.step is not None and processes.is_first():
-                best.write(run_dir / "best.json")
+                best.write(run.path / "best.json")
             for journal in (metrics, timing, trackers):
                 journal.close()
             if processes.is_first():
-                for result in (run_dir / "best" / out.name, out):
+                for result in (best_folder / out.name, out):
                     if result.is_dir():
                         run.push_result(result, task.last)
-                run.push(run_dir / "best.json")
+                run.push(run.path / "best.json")
     return run.name(out)
 
 
+def _link(folder: Path, to: Path) -> None:
+    """A second name for a folder's files, which takes no space."""
+    with whole_or_absent(to) as part:
+        shutil.copytree(folder, part, copy_function=os.link, dirs_exist_ok=True)
+
+
 def _bring_records(run: RunFolder) -> None:
-    """What an earlier start of a run in a bucket has recorded; each process works on its own part."""
+    """Fetch what an earlier start of a run in a bucket recorded; each process works on its own part."""
     if not processes.is_first():
         run.begin()
         run.pull(run.path / "logs" / f"process-{jax.process_index()}.log")
         return
     for name in ("metrics.jsonl", "timing.jsonl"):
         run.pull(run.path / name)
-
-
-def _link(folder: Path, to: Path) -> None:
-    """A second name for a folder's files, which takes no room."""
-    with whole_or_absent(to) as part:
-        shutil.copytree(folder, part, copy_function=os.link, dirs_exist_ok=True)
 
 
 def _check_trainable(placed: dict[str, Any], everywhere: jax.sharding.Sharding | None) -> None:
@@ -225,7 +204,7 @@ def enable_compilation_cache(folder: str | None) -> None:
     if folder is None:
         return
     if storage.is_bucket(folder):
-        storage.listing(f"{folder}/.any")  # said now and in one line, and not at each program
+        storage.listing(f"{folder}/.any")  # a fault is reported now and in one line, not at each program
     else:
         folder = str(Path(folder).expanduser())
     jax.config.update("jax_compilation_cache_dir", folder)

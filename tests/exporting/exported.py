@@ -9,18 +9,18 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 import mtp_jax.exporting
-from mtp_jax.model.folder import read_geometry
+from mtp_jax.model.base import open_base
 from mtp_jax.model.weights import PROJECTIONS
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table
-from mtp_jax.mtp.adapter_folder import fingerprint, write_adapter
+from mtp_jax.mtp.adapter_folder import write_adapter
 
 CODE = Path(mtp_jax.exporting.__file__).parent / "custom_generate" / "generate.py"
 
 
 def noisy_adapter(base, out, masks=3, sampler="residual", targets=PROJECTIONS, gated=True):
     """An adapter folder full of noise, norms around 1, for the base model of a folder."""
-
-    g = read_geometry(base)
+    opened = open_base(str(base))
+    g = opened.g
     shape = AdapterShape(masks, 4, 8.0, targets, sampler, gated)
     random, items = np.random.default_rng(5), []
     for weight in adapter_table(g, shape):
@@ -31,7 +31,7 @@ def noisy_adapter(base, out, masks=3, sampler="residual", targets=PROJECTIONS, g
             noise *= 1.1 / weight.shape[-2] ** 0.5 if len(weight.shape) > 1 else 0.2
         items.append((weight.path, noise))
     tree = unflatten_dict(dict(items))
-    pointer = {"name": str(base), "fingerprint": fingerprint(base)}
+    pointer = {"name": str(base), "fingerprint": opened.fingerprint}
     write_adapter(out, g, shape, tree, pointer, {"steps": 1, "held_out": {"tokens_per_step": {"1": 1.5}}})
     return shape, jax.tree.map(np.asarray, tree)
 

@@ -18,12 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from mtp_jax import storage
 from mtp_jax.errors import UserError
-from mtp_jax.exporting import base as base_files
+from mtp_jax.exporting import base_files
 from mtp_jax.exporting import folder as exporting_folder
 from mtp_jax.exporting.source import find_source
 from mtp_jax.model import folder_writer
-from mtp_jax.model.folder import INDEX, read_geometry, read_json, stored_tensors
-from mtp_jax.mtp.adapter_folder import CONFIG, TENSORS, find_adapter, load_adapter
+from mtp_jax.model.base import open_base
+from mtp_jax.model.folder import INDEX, read_json, stored_tensors
+from mtp_jax.mtp.adapter_folder import CONFIG, TENSORS, open_adapter
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +95,10 @@ def test_export_import_export_is_byte_identical(adapter, small_folder, tmp_path,
     first = export(adapter, tmp_path / "first", base=base, dtype=dtype and np.dtype(dtype_of(dtype)), peft=True)
     second = export(first, tmp_path / "second", base=base, peft=True)
     assert listing(second) == listing(first)
-    g = read_geometry(small_folder)
-    shape, arrays = load_adapter(find_adapter(str(first)), g, small_folder)
-    again, loaded = load_adapter(find_adapter(str(second)), g, small_folder)
-    assert shape == again
-    assert all(np.array_equal(a, b) for a, b in zip(leaves(arrays), leaves(loaded), strict=True))
+    opened = open_base(str(small_folder))
+    before, after = (open_adapter(str(folder), opened) for folder in (first, second))
+    assert before.shape == after.shape and before.digest == after.digest
+    assert all(np.array_equal(a, b) for a, b in zip(leaves(before.arrays), leaves(after.arrays), strict=True))
 
 
 def dtype_of(name):
@@ -202,7 +202,7 @@ def test_several_files_without_an_index_get_one(small_folder, tmp_path):
         save_file({k: tensors[k] for k in part}, tmp_path / "base" / f"{name}.safetensors", {"format": "pt"})
     (tmp_path / "out").mkdir()
     base_files.copy_companions(tmp_path / "base", tmp_path / "out")
-    base_files.copy_weights(tmp_path / "base", tmp_path / "out")
+    base_files.copy_weights(open_base(str(tmp_path / "base")), tmp_path / "out")
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     reference = AutoModelForCausalLM.from_pretrained(small_folder)
@@ -248,12 +248,11 @@ def adapted_logits(base, adapter, tokens):
     import jax.numpy as jnp
 
     from mtp_jax.model.decoder import Decoder
-    from mtp_jax.model.folder import load_params
     from mtp_jax.mtp.adapter import with_adapter
 
-    g = read_geometry(base)
-    shape, arrays = load_adapter(adapter, g, base)
-    variables, model = with_adapter(load_params(base, g), arrays, shape), Decoder(g)
+    opened = open_base(str(base))
+    found = open_adapter(str(adapter), opened)
+    variables, model = with_adapter(opened.load(), found.arrays, found.shape), Decoder(opened.g)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     with jax.default_matmul_precision("highest"):
         latents, _ = model.apply(variables, tokens, positions, adapted=True)

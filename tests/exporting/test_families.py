@@ -12,9 +12,10 @@ from mtp_jax.decoding.generator import decoding_variables
 from mtp_jax.decoding.loop import Decoding
 from mtp_jax.decoding.plan import quadratic
 from mtp_jax.model.attention import empty_cache
+from mtp_jax.model.base import open_base
 from mtp_jax.model.decoder import Decoder, MaskRows
-from mtp_jax.model.folder import load_params, read_geometry, stored_tensors
-from mtp_jax.mtp.adapter_folder import load_adapter
+from mtp_jax.model.folder import stored_tensors
+from mtp_jax.mtp.adapter_folder import open_adapter
 from mtp_jax.mtp.sampler import sample_latent
 
 CASES = {
@@ -73,9 +74,9 @@ def test_draft_logits_are_those_of_jax(made):
     folder, model, shape, adapter = made
     tokens, previous = np.array([PROMPTS[0]], np.int32), np.array([11])
 
-    g = read_geometry(folder / "base")
-    params = load_params(folder / "base", g, jnp.dtype("float32"))
-    _, read = load_adapter(folder / "out", g, folder / "base")
+    base = open_base(str(folder / "base"))
+    g, params = base.g, base.load(jnp.dtype("float32"))
+    read = open_adapter(str(folder / "out"), base).arrays
     variables = decoding_variables(g, params, read, shape, jnp.dtype("float32"), kernels=False)
     decoding = Decoding(Decoder(g, scanned=False), quadratic(M), shape.sampler)
 

@@ -128,10 +128,10 @@ def test_streamer_gets_the_prompt_and_every_token(fast, tokenizer):
 
 
 def test_steps_are_those_of_our_decoder(fast, tokenizer):
-    from mtp_jax.decoding.generator import Generator
+    from mtp_jax.api import load
     from mtp_jax.decoding.plan import parse_plan
 
-    generator = Generator.load(NAME, "float32", NAME, parse_plan("quadratic:2"))
+    generator = load(NAME, adapter=NAME, dtype="float32", plan=parse_plan("quadratic:2"))
     for text in TEXTS:
         ours = generator([text], NEW)[0]
         ids = tokenizer(text, return_tensors="pt").input_ids

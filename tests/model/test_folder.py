@@ -12,7 +12,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from mtp_jax.errors import UserError
-from mtp_jax.model.folder import INDEX, SINGLE, find_folder, load_params, load_tokenizer, read_geometry, stop_ids
+from mtp_jax.model.base import open_base
+from mtp_jax.model.folder import INDEX, SINGLE, find_folder, load_tokenizer, read_geometry, stop_ids
 from mtp_jax.model.weights import leaf_at, weight_table
 
 EMBED, UNEMBED = "model.embed_tokens.weight", "lm_head.weight"
@@ -62,7 +63,7 @@ def shard(folder, parts, weight_map=None):
 
 
 def read(folder, **options):
-    return load_params(folder, read_geometry(folder), **options)
+    return open_base(str(folder)).load(**options)
 
 
 def refused(folder, *words):

@@ -16,16 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import Mesh
+from mtp_jax.model.base import open_base
 from mtp_jax.model.decoder import Decoder
-from mtp_jax.model.folder import load_params, read_geometry
 from mtp_jax.model.weights import leaf_at, weight_table
 from mtp_jax.sharding import make_mesh, on, weight_sharding
 
 folder = Path(sys.argv[1])
-g = read_geometry(folder)
+base = open_base(str(folder))
+g = base.g
 mesh = make_mesh(Mesh(data=2, fsdp=2, tensor=2))
-plain = load_params(folder, g)
-sharded = load_params(folder, g, shardings=lambda weight: weight_sharding(mesh, weight))
+plain = base.load()
+sharded = base.load(shardings=lambda weight: weight_sharding(mesh, weight))
 tokens = np.random.default_rng(0).integers(0, g.V, (4, 24))
 positions = np.broadcast_to(np.arange(24), tokens.shape)
 model = Decoder(g)

@@ -8,11 +8,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mtp_jax.errors import UserError
-from mtp_jax.model.folder import stored_tensors
+from mtp_jax.model.base import open_base
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import init_params
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table, init_adapter
-from mtp_jax.mtp.adapter_folder import CONFIG, TENSORS, find_adapter, fingerprint, load_adapter, write_adapter
+from mtp_jax.mtp.adapter_folder import CONFIG, TENSORS, find_adapter, open_adapter, write_adapter
 
 CONFIG_JSON = {
     "model_type": "llama",
@@ -42,15 +42,16 @@ def written(tmp_path):
     base, params = write_base(tmp_path / "base", 0)
     adapter = init_adapter(G, SHAPE, params["embed"]["embedding"], jax.random.key(1))
     out = tmp_path / "adapter"
-    write_adapter(out, G, SHAPE, adapter, {"name": "my-base", "fingerprint": fingerprint(base)}, {"steps": 3})
+    pointer = {"name": "my-base", "fingerprint": open_base(str(base)).fingerprint}
+    write_adapter(out, G, SHAPE, adapter, pointer, {"steps": 3})
     return base, out, adapter
 
 
 def test_round_trip_is_bit_exact(written):
     base, out, adapter = written
-    shape, loaded = load_adapter(out, G, base)
-    assert shape == SHAPE
-    for a, b in zip(jax.tree.leaves(adapter), jax.tree.leaves(loaded), strict=True):
+    opened = open_adapter(str(out), open_base(str(base)))
+    assert opened.shape == SHAPE and opened.dtype == np.float32
+    for a, b in zip(jax.tree.leaves(adapter), jax.tree.leaves(opened.arrays), strict=True):
         assert np.array_equal(a, b)
     assert sorted(path.name for path in out.iterdir()) == sorted([CONFIG, TENSORS])
     assert set(load_file(out / TENSORS)) == {weight.key for weight in adapter_table(G, SHAPE)}
@@ -64,7 +65,7 @@ def test_only_lora_and_mtp_are_in_it(written):
 def test_another_base_is_refused_by_name(written, tmp_path):
     other, _ = write_base(tmp_path / "other", 5)
     with pytest.raises(UserError, match=r"my-base .* but the base model is other"):
-        load_adapter(written[1], G, other)
+        open_adapter(str(written[1]), open_base(str(other)))
 
 
 def test_fingerprint_ignores_files_and_sees_values(written, tmp_path):
@@ -78,11 +79,14 @@ def test_fingerprint_ignores_files_and_sees_values(written, tmp_path):
         save_file({key: tensors[key] for key in keys}, split / file)
     index = {"weight_map": {key: file for file, keys in parts.items() for key in keys}}
     (split / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert fingerprint(split) == fingerprint(base)
+    (split / "config.json").write_text(json.dumps(CONFIG_JSON))
+    before, again = open_base(str(base)), open_base(str(split))
+    assert again.fingerprint == before.fingerprint
     changed = {key: tensor.copy() for key, tensor in tensors.items()}
     changed["model.norm.weight"][-1] += 1
     save_file(changed, base / "model.safetensors")
-    assert fingerprint(split) != fingerprint(base) and len(stored_tensors(base)) == len(names)
+    after = open_base(str(base))
+    assert again.fingerprint != after.fingerprint and len(after.tensors.stored) == len(names)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +106,7 @@ def test_wrong_tensors_are_named(written, change, message):
     change(tensors)
     save_file(tensors, out / TENSORS)
     with pytest.raises(UserError, match=message):
-        load_adapter(out, G, base)
+        open_adapter(str(out), open_base(str(base)))
 
 
 def test_damage_is_one_clear_error(written):
@@ -110,10 +114,10 @@ def test_damage_is_one_clear_error(written):
     data = (out / TENSORS).read_bytes()
     (out / TENSORS).write_bytes(data[:-10])
     with pytest.raises(UserError, match="damaged or truncated"):
-        load_adapter(out, G, base)
+        open_adapter(str(out), open_base(str(base)))
     (out / CONFIG).write_text("{}")
     with pytest.raises(UserError, match="format None is not 1"):
-        load_adapter(out, G, base)
+        open_adapter(str(out), open_base(str(base)))
     (out / CONFIG).unlink()
     with pytest.raises(UserError, match=r"mtp_config\.json is missing"):
         find_adapter(str(out))

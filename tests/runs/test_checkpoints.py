@@ -1,4 +1,4 @@
-"""Which checkpoints exist, which are kept, and which a run goes on from."""
+"""Which checkpoints exist, which are kept, and which one a run resumes from."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def names(folder):
 
 
 def restore(folder):
-    """The step that a run would go on from, its weights and its iterator's place."""
+    """The step that a run would resume from, with its weights and its iterator's place."""
     with Checkpoints(RunFolder(str(folder.parent)), Section()) as checkpoints:
         step = checkpoints.latest()
         if step is None:
@@ -142,9 +142,9 @@ def test_what_is_set_aside_twice_keeps_two_names_and_the_unfinished_goes(tmp_pat
 
 
 def test_the_iterators_of_several_processes_are_handed_over_together(tmp_path, monkeypatch):
-    for row in (0, 8):
-        with Checkpoints(RunFolder(str(tmp_path)), Section(), first_row=row) as checkpoints:
-            checkpoints._write_data(tmp_path / "checkpoints" / "3" / "data", {"lanes": {str(row): 1}})
+    for sequence in (0, 8):
+        with Checkpoints(RunFolder(str(tmp_path)), Section(), first_sequence=sequence) as checkpoints:
+            checkpoints._write_data(tmp_path / "checkpoints" / "3" / "data", {"lanes": {str(sequence): 1}})
     with Checkpoints(RunFolder(str(tmp_path)), Section()) as checkpoints:
         checkpoints.save(state(3), Counter(3))
         checkpoints.finish()

@@ -1,4 +1,4 @@
-"""A run in a bucket needs nothing but the bucket to go on, and leaves there what a local one leaves in its folder."""
+"""A run in a bucket resumes from the bucket alone, and leaves there what a local one leaves in its folder."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def files_of(home):
     return [path for path in Path(home["HOME"]).rglob("*") if path.is_file() and "mtp_jax" in str(path)]
 
 
-def test_a_run_killed_while_it_saves_goes_on_elsewhere_from_the_bucket_alone(
+def test_a_run_killed_while_it_saves_resumes_elsewhere_from_the_bucket_alone(
     tree, write_config, bucket, machine, start, finish, finished
 ):
     config = write_config(tree | {"output_dir": RUN})
@@ -104,7 +104,7 @@ def save(steps, **section):
 
 
 def restore():
-    """The step that a run would go on from, on a machine that has nothing."""
+    """The step that a run would resume from, on a machine that has nothing."""
     run = RunFolder(RUN)
     run.begin()
     with run, Checkpoints(run, Section()) as checkpoints:

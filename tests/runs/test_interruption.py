@@ -1,4 +1,4 @@
-"""Signals end a run in good order, and the run goes on as if there had been none."""
+"""Signals end a run in good order, and it resumes as if there had been none."""
 
 import os
 import signal
@@ -11,11 +11,11 @@ import pytest
 from conftest import read_lines
 from test_resume import assert_complete, assert_same, outcome_of_run
 
-from mtp_jax.runs.journal import Journal
+from mtp_jax.runs.records import Journal
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_the_step_and_the_run_goes_on(tree, write_config, command, finished, monkeypatch, number, code):
+def test_a_signal_saves_the_step_and_the_run_resumes(tree, write_config, command, finished, monkeypatch, number, code):
     tree["checkpoints"]["every"] = 100
     config, folder, write = write_config(tree), Path(tree["output_dir"]), Journal.write
 
@@ -31,7 +31,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(tree, write_config, command
         ended = command("train", "--config", config)
     assert ended.code == code and "Traceback" not in ended.err, ended
     assert f"{signal.Signals(number).name}: stopped after step 6 of 12, which is saved" in ended.err
-    assert "the same command goes on from there" in ended.err and (folder / "checkpoints" / "6").exists()
+    assert "rerun the command to continue from there" in ended.err and (folder / "checkpoints" / "6").exists()
     assert signal.getsignal(number) is before
     assert [line["step"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4, 5, 6]
     ended = command("train", "--config", config)

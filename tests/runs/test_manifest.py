@@ -1,4 +1,4 @@
-"""A manifest tells every kind of damage to a checkpoint."""
+"""A manifest reveals every kind of damage to a checkpoint."""
 
 import os
 
@@ -25,7 +25,7 @@ def test_an_undamaged_checkpoint_has_no_fault(checkpoint):
 
 
 @pytest.mark.parametrize("how", ["deleted", "emptied", "halved", "longer", "flipped"])
-def test_damage_to_any_file_is_told(checkpoint, how):
+def test_damage_to_any_file_is_reported(checkpoint, how):
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         whole = path.read_bytes()
         if not whole and how != "deleted" and how != "longer":
@@ -56,5 +56,5 @@ def test_no_flipped_bit_of_the_manifest_goes_unnoticed(checkpoint):
             assert fault_of(checkpoint) is not None, at
 
 
-def test_a_checkpoint_under_the_name_of_another_is_told(checkpoint):
+def test_a_checkpoint_under_the_name_of_another_is_reported(checkpoint):
     assert fault_of(checkpoint.rename(checkpoint.with_name("9"))) == "it is the checkpoint of step 7"

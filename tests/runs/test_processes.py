@@ -1,24 +1,16 @@
-"""Several processes train as one: they save, go on, write the result, and end together."""
+"""Several processes train as one: they save, resume, write the result, and end together."""
 
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import read_lines
+from conftest import free_port, read_lines
 from safetensors.numpy import load_file
 
 LOST = 75
-
-
-def free_port():
-    """A port on which nobody listens."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture
@@ -59,7 +51,7 @@ def wait_for_step(folder, step, processes):
     raise AssertionError([process.communicate() for process in processes if process.poll() is not None])
 
 
-def test_two_processes_stop_together_and_go_on(tree, write_config, start_two, finish, finished):
+def test_two_processes_stop_together_and_resume(tree, write_config, start_two, finish, finished):
     tree |= {"mesh": {"data": 2, "fsdp": 2}, "checkpoints": {"every": 100}}
     config, folder = write_config(tree), Path(tree["output_dir"])
     started = start_two(config)
@@ -68,7 +60,7 @@ def test_two_processes_stop_together_and_go_on(tree, write_config, start_two, fi
     ended = [finish(process) for process in started]
     if ended[0].code != 0:  # else the run was quicker than the signal
         assert [end.code for end in ended] == [143, 143], ended
-        assert "which is saved; the same command goes on from there" in ended[0].err
+        assert "which is saved; rerun the command to continue from there" in ended[0].err
         step = len([line for line in read_lines(folder / "metrics.jsonl") if "loss" in line])
         assert {path.name for path in (folder / "checkpoints" / str(step) / "data").iterdir()} == {"0.json", "2.json"}
     ended = [finish(process) for process in start_two(config)]
@@ -86,7 +78,7 @@ def test_two_processes_stop_together_and_go_on(tree, write_config, start_two, fi
     assert all(np.allclose(last[key], reference[key], atol=1e-4) for key in reference)
 
 
-def test_the_death_of_a_process_ends_the_other_and_is_told(endless, write_config, start_two, finish, command):
+def test_the_death_of_a_process_ends_the_other_and_is_reported(endless, write_config, start_two, finish, command):
     config, folder = write_config(endless), Path(endless["output_dir"])
     started = start_two(config)
     wait_for_step(folder, 2, started)
@@ -96,7 +88,7 @@ def test_the_death_of_a_process_ends_the_other_and_is_told(endless, write_config
     begun = time.monotonic()
     ended = finish(started[0], timeout=30)
     assert ended.code == LOST and time.monotonic() - begun < 15, ended
-    assert "process 1 of 2 is gone: it gave no sign of life for 3 s" in ended.errors[0]
+    assert "process 1 of 2 is lost: it sent no heartbeat for 3 s" in ended.errors[0]
 
 
 @pytest.mark.slow
@@ -106,7 +98,7 @@ def test_the_death_of_the_first_process_ends_the_other(endless, write_config, st
     wait_for_step(folder, 2, started)
     started[0].kill()
     ended = finish(started[1], timeout=30)
-    assert ended.code == LOST and "the first process" in ended.err and "gone" in ended.err, ended
+    assert ended.code == LOST and "the first process" in ended.err and "is lost" in ended.err, ended
     assert "the first process" in (folder / "logs" / "process-1.log").read_text()
 
 
@@ -148,7 +140,7 @@ def test_a_disturbed_pair_leaves_what_an_undisturbed_one_does(tree, write_config
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(tree, write_config, start_two, start, finish, finished):
+def test_a_run_resumes_with_another_number_of_processes(tree, write_config, start_two, start, finish, finished):
     tree |= {"mesh": {"data": 2, "fsdp": 2}, "checkpoints": {"every": 100}}
     config, folder = write_config(tree), Path(tree["output_dir"])
     started = start_two(config)
@@ -211,7 +203,7 @@ def test_a_cluster_says_which_processes_there_are(tree, write_config, start, fin
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_wrong_variables_are_told(tree, write_config, command, monkeypatch, environment, says):
+def test_wrong_variables_are_reported(tree, write_config, command, monkeypatch, environment, says):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     ended = command("train", "--config", write_config(tree))
@@ -227,7 +219,7 @@ def test_a_process_that_waits_for_others_in_vain_says_so(start, finish, tree, wr
     )
     address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
     ended = finish(start("train", "--config", write_config(tree), script=["-c", impatient], **address))
-    assert ended.code == LOST and ended.errors == ["the processes of this run did not all come within 2 s."], ended
+    assert ended.code == LOST and ended.errors == ["the processes of this run did not all join within 2 s."], ended
 
 
 def test_one_process_needs_no_address(tree, write_config, command, monkeypatch):

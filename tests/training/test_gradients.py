@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from conftest import free_port
 from orbax.checkpoint import PyTreeCheckpointer, RestoreArgs
-from test_processes import free_port
 
 SCRIPT = Path(__file__).with_name("gradients.py")
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]

@@ -19,10 +19,10 @@ from mtp_jax.config_file import validate
 from mtp_jax.data.batches import Anchors, training_batches
 from mtp_jax.data.sources import read_sources
 from mtp_jax.errors import UserError
+from mtp_jax.model.base import open_base
 from mtp_jax.model.decoder import Decoder
-from mtp_jax.model.folder import load_params, load_tokenizer, read_geometry
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
-from mtp_jax.mtp.adapter_folder import fingerprint, load_adapter, read_shape
+from mtp_jax.mtp.adapter_folder import open_adapter
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
 from mtp_jax.training.run import _check_trainable, train
 
@@ -54,11 +54,12 @@ def test_a_run_trains_the_adapter_alone_and_writes_it(adapter_tree, base):
     out = Path(train(validate(adapter_tree, "tree")))
     run_dir = Path(adapter_tree["output_dir"])
     assert out == run_dir / "adapter" and listing(base) == before
-    shape, adapter = load_adapter(out, read_geometry(base), base)
+    opened = open_adapter(str(out), open_base(str(base)))
+    shape, adapter = opened.shape, opened.arrays
     assert (shape.masks, shape.rank, shape.alpha, shape.gated) == (M, 4, 8.0, True)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(adapter))
     config = json.loads((out / "mtp_config.json").read_text())
-    assert config["base"] == {"name": str(base), "fingerprint": fingerprint(base)}
+    assert config["base"] == {"name": str(base), "fingerprint": open_base(str(base)).fingerprint}
     assert config["training"]["trained_parameters"] == sum(leaf.size for leaf in jax.tree.leaves(adapter))
     lines = read_lines(run_dir / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
@@ -86,14 +87,14 @@ def test_the_base_does_not_move_unless_ungated(adapter_tree):
     assert len(set(moved)) == 3
 
 
-def test_an_adapter_can_be_trained_on(adapter_tree):
+def test_an_adapter_can_be_trained_on(adapter_tree, base):
     first = Path(train(validate(adapter_tree, "tree")))
     tree = {**adapter_tree, "output_dir": adapter_tree["output_dir"] + "-more"}
     tree["model"] = {**tree["model"], "adapter": str(first)}
     tree["mtp"] = {"masks": 2}
     tree["train"] = {**tree["train"], "steps": 1, "warmup_steps": 0, "learning_rate": 1e-9}
     more = Path(train(validate(tree, "tree")))
-    assert read_shape(more).masks == 2
+    assert open_adapter(str(more), open_base(str(base))).shape.masks == 2
     a, b = load_file(first / "adapter.safetensors"), load_file(more / "adapter.safetensors")
     assert np.allclose(a["mtp.masks"][:2], b["mtp.masks"], atol=1e-7)
     assert np.allclose(a["lora.layers.q.b"], b["lora.layers.q.b"], atol=1e-7)
@@ -124,9 +125,9 @@ class Lesson:
         tree = {"objective": "next_token", "output_dir": "x", "model": {"path": "x"}, "data": config}
         tree["train"] = {"steps": 1, "batch_size": 1, "sequence_length": 8, "learning_rate": 1.0}
         self.training, _ = read_sources(validate(tree, "tree").data)
-        self.g, self.folder = read_geometry(base), base
-        self.tokenizer = load_tokenizer(base, self.g)
-        self.frozen = {"params": load_params(base, self.g)}
+        opened = open_base(str(base))
+        self.g, self.tokenizer = opened.g, opened.tokenizer
+        self.frozen = {"params": opened.load()}
         self.measure = {}
 
     def batches(self):

@@ -107,7 +107,7 @@ def test_weights_that_overflow_are_not_saved(tree, write_config, command, monkey
 
 def test_a_held_out_loss_that_is_not_finite_stops_the_run(tree, write_config, command, monkeypatch):
     figures = {"loss": float("nan"), "accuracy": 0.0, "tokens": 5}
-    monkeypatch.setattr(tasks, "make_evaluate", lambda *_: lambda *_: figures)
+    monkeypatch.setattr(tasks, "NextTokenEvaluation", lambda *_: lambda *_: figures)
     ended = command("train", "--config", write_config(tree))
     assert ended.code == 2 and "held-out loss at step 4 is not finite" in ended.errors[0]
     assert "NaN" not in (Path(tree["output_dir"]) / "metrics.jsonl").read_text()
@@ -143,7 +143,7 @@ def test_a_failed_save_is_raised_at_the_end(tmp_path, monkeypatch):
     assert not (tmp_path / "checkpoints" / "1" / "manifest.json").exists()
 
 
-def test_a_failed_save_is_told_beside_the_fault_that_ended_the_run(tmp_path, monkeypatch):
+def test_a_failed_save_is_reported_beside_the_fault_that_ended_the_run(tmp_path, monkeypatch):
     config = validate_checkpoints()
     with monkeypatch.context() as patched, pytest.raises(UserError) as caught:
         failing_save(patched, OSError("gone"))

@@ -11,9 +11,8 @@ from mtp_jax.config import Train
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import init_params, weight_table
-from mtp_jax.training.next_token import NextToken
-from mtp_jax.training.optimizer import learning_rate, make_optimizer
-from mtp_jax.training.step import WEIGHTS_FINITE, TrainState, make_train_step
+from mtp_jax.training.objectives import NextToken
+from mtp_jax.training.step import WEIGHTS_FINITE, TrainState, learning_rate, make_optimizer, make_train_step
 
 B, T = 8, 21
 SETTINGS = Train(steps=100, batch_size=B, sequence_length=T, learning_rate=1e-2)
@@ -207,7 +206,7 @@ def test_training_is_what_torch_does(llama_config, tied, tmp_path):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from mtp_jax.model.folder import load_params, read_geometry
+    from mtp_jax.model.base import open_base
 
     torch.manual_seed(0)
     # Without a padding token: torch gives the embedding of that one no gradient.
@@ -215,13 +214,14 @@ def test_training_is_what_torch_does(llama_config, tied, tmp_path):
     config = LlamaConfig(**{**llama_config, **changes}, attn_implementation="eager")
     model = LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "before")
-    g = read_geometry(tmp_path / "before")
+    base = open_base(str(tmp_path / "before"))
+    g = base.g
     settings = SETTINGS.model_copy(update={"weight_decay": 0.3, "clip_norm": 0.5, "beta2": 0.99})
     batches = [one_document(random_batch(g.V, seed)) for seed in range(5)]
 
     tx = optimizer_for(g, **{name: getattr(settings, name) for name in ("weight_decay", "clip_norm", "beta2")})
     step = jax.jit(make_train_step(NextToken(Decoder(g), 40), tx, learning_rate(settings), 1))
-    params = load_params(tmp_path / "before", g)
+    params = base.load()
     state, losses = TrainState(jnp.int32(0), params, tx.init(params)), []
     with jax.default_matmul_precision("highest"):
         for batch in batches:
@@ -233,7 +233,7 @@ def test_training_is_what_torch_does(llama_config, tied, tmp_path):
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
     assert abs(expected[0] - expected[-1]) > 1e-2
     model.save_pretrained(tmp_path / "after")
-    trained = load_params(tmp_path / "after", g)
+    trained = open_base(str(tmp_path / "after")).load()
     for (path, ours), theirs, start in zip(
         jax.tree_util.tree_leaves_with_path(state.trained), *map(jax.tree.leaves, (trained, params)), strict=True
     ):

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from mtp_jax.mtp.vocabulary import cross_entropy_sums, sum_over_chunks
+from mtp_jax.model.chunks import sum_over_chunks
+from mtp_jax.mtp.vocabulary import cross_entropy_sums, rows_at_a_time
 
 B, T, D, V = 3, 17, 8, 50
 
@@ -24,7 +25,7 @@ def chunked(latents, table, labels, counted, chunk):
     def f(rows):
         return cross_entropy_sums(rows[0] @ table.T, *rows[1:])
 
-    return sum_over_chunks(f, (latents, labels, counted), chunk)
+    return sum_over_chunks(f, (latents, labels, counted), rows_at_a_time(chunk, len(latents)))
 
 
 def plain(latents, table, labels, counted):

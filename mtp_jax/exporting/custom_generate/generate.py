@@ -1,8 +1,9 @@
-"""`generate` for a model with a multi-token prediction adapter: several tokens a step, the model's own output.
+"""`generate` for a model with a multi-token prediction adapter: several tokens per step, the model's own output.
 
-A step runs the model over real rows (the newest token and drafts behind it) and mask rows, which foresee what follows.
-Mask rows alone meet the adapter's LoRA, so that real rows compute what the model computes, and check the drafts: greedy
-output is the model's own token for token, sampled output has the model's own distribution (arXiv 2507.11851).
+A step runs the model over real rows (the newest token and the drafts behind it) and mask rows, which predict what
+follows. Only mask rows go through the adapter's LoRA, so real rows compute exactly what the model computes, and verify
+the drafts: greedy output is the model's own, token for token; sampled output has the model's own distribution (arXiv
+2507.11851).
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     model.generate(ids, max_new_tokens=64)
@@ -27,25 +28,25 @@ from transformers.utils import cached_file
 CONFIG, TENSORS, FORMAT = "mtp_config.json", "adapter.safetensors", 1
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # projections that read one input
-# Rows of a step, over the batch, that the default plan takes. A CPU pays for rows, a GPU hardly.
+# Rows of a step, over the batch, that the default plan uses: a row costs time on a CPU, and hardly any on a GPU.
 CPU_ROWS, GPU_ROWS = 4, 64
-HEAD_ROWS = 8  # on CPU: with more mask rows than this, the head runs over one block alone
+HEAD_ROWS = 8  # on CPU: with more mask rows than this, the head runs over a single block
 PREFILL_ROWS = 512  # rows of a prompt that run at a time
 SPARE_SLOTS = 256  # the cache grows in steps of at least this size
 
-# What of a GenerationConfig is implemented, and what changes no output here. Anything else must have its neutral value.
+# Settings of a GenerationConfig that are implemented, and those that change no output. Any other must be neutral.
 SUPPORTED = {"max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "eos_token_id"}
 SUPPORTED |= {"pad_token_id", "bos_token_id", "decoder_start_token_id", "return_dict_in_generate"}
 INERT = {"use_cache", "cache_implementation", "transformers_version", "compile_config", "disable_compile"}
-# Bytes of weights up to which a float32 model on CPU gets a copy of them in a layout that is faster for few rows.
+# A float32 model on CPU gets a copy of up to so many bytes of weights, in a layout that is faster for few rows.
 PACKED_BYTES = 2 << 30
-_adapters = weakref.WeakKeyDictionary()  # of each model, so that it is read once
-_packed = weakref.WeakKeyDictionary()  # weights of each model in that layout
+_adapters = weakref.WeakKeyDictionary()  # by model, so that each is read once
+_packed = weakref.WeakKeyDictionary()  # weights in that layout, by model
 
 
 @dataclass
 class MultiTokenOutput(GenerateDecoderOnlyOutput):
-    """What `return_dict_in_generate=True` gives."""
+    """What `return_dict_in_generate=True` returns."""
 
     steps: torch.LongTensor | None = None  # [B], decoding steps; prefill, which gives the first token, is none
     accepted: torch.LongTensor | None = None  # [B, drafts + 1], how many steps emitted 0, 1, ... drafts
@@ -77,15 +78,15 @@ def generate(
     """Continue token ids [B, T] as `model.generate` does; returns the same, prompt included.
 
     Args:
-        adapter: folder or hub name of the adapter; that of the model by default.
+        adapter: folder or hub name of the adapter; by default that of the model.
         plan: how a step drafts and verifies.
-        shortlist: how many candidates of a draft the sampler head chooses from; None for the whole vocabulary.
+        shortlist: candidates of a draft that the sampler head scores; None for the whole vocabulary.
         pack: on CPU in float32, keep a copy of the weights (up to 2 GiB) that is faster for few rows.
     Raises:
         ValueError: an argument that is not implemented here, and would otherwise be ignored.
     """
     trust = kwargs.pop("trust_remote_code", None)
-    if custom_generate is not None:  # another one's, asked for by name
+    if custom_generate is not None:  # another custom generate, asked for by name
         return type(model).generate(
             model, inputs, generation_config, custom_generate=custom_generate, trust_remote_code=trust,
             logits_processor=logits_processor, stopping_criteria=stopping_criteria, streamer=streamer,
@@ -136,9 +137,9 @@ def generate(
 
 
 def _refuse(config, **arguments):
-    """One error for everything that was asked for and is not implemented."""
+    """Raise one error for everything that was asked for but is not implemented."""
     neutral = {**GenerationConfig().to_dict(), **getattr(config, "_get_default_generation_params", dict)()}
-    known = vars(GenerationConfig())  # a model's own entries are none of transformers'
+    known = vars(GenerationConfig())  # without entries that only the model knows
     values = {name: value for name, value in config.to_dict().items() if name in known and not name.startswith("_")}
     wrong = [
         f"{name}={value!r}"
@@ -156,7 +157,7 @@ def _refuse(config, **arguments):
 
 
 def _prompts(model, config, inputs, input_ids, attention_mask):
-    """The padded prompts as given, and a list of ids for each."""
+    """The padded prompts as given, and the ids of each without padding."""
     if inputs is not None and input_ids is not None:
         raise ValueError("give either inputs or input_ids.")
     ids = inputs if inputs is not None else input_ids
@@ -183,7 +184,7 @@ def _prompts(model, config, inputs, input_ids, attention_mask):
 
 
 class Adapter:
-    """Mask embeddings, LoRA and sampler head, as a model on its device and in its dtype takes them."""
+    """Mask embeddings, LoRA and sampler head, on the devices and in the dtype of a model."""
 
     def __init__(self, config, tensors, model):
         self.config = config
@@ -226,11 +227,11 @@ class Adapter:
             }
 
     def read(self, latents):
-        """The part of the sampler head's first layer that waits for no token."""
+        """The part of the sampler head's first layer that needs no token."""
         return F.linear(latents, self.sampler["latent"], self.sampler["biases"][0])
 
     def latent(self, embedding, z, read):
-        """What is unembedded: z corrected for the token chosen just before."""
+        """The latent to unembed: z corrected for the token chosen just before."""
         s = self.sampler
         h = self._norm(F.silu(F.linear(embedding.to(z.device, z.dtype), s["token"]) + read), 0)
         h = self._norm(F.silu(F.linear(h, s["second"], s["biases"][1])), 1)
@@ -338,7 +339,7 @@ class Plan:
 
 
 class Layout:
-    """Where the rows of a call stand, relative to its first one, and which of these each of them sees."""
+    """Positions of the rows of a call, relative to its first row, and which rows each of them sees."""
 
     def __init__(self, real, anchors, offsets, blocks, device):
         """`anchors` [b, Q] of mask rows, `offsets` [Q] within their block, `blocks` [Q]; b is 1 where all agree."""
@@ -352,7 +353,7 @@ class Layout:
         self.own = torch.cat([seen, same], dim=2)
 
     def visible(self, starts, end, window):
-        """[b, rows, slots]: a row sees the slots before the call up to its reach, and rows of its own call."""
+        """[b, rows, slots]: a row sees the slots before the call, up to its reach, and rows of its own call."""
         slots = torch.arange(end, device=starts.device)
         relative = slots - starts[:, None]
         row = relative.clamp(0, self.own.shape[1] - 1)
@@ -370,13 +371,13 @@ class Layout:
 
 
 class Cache:
-    """Keys and values [B, K, slots, H] of every layer. The rows of a call may overwrite those of the last."""
+    """Keys and values [B, K, slots, H] of every layer. The rows of a call may overwrite those of the call before."""
 
     def __init__(self, layers, slots):
         self.held, self.slots = [None] * layers, slots
 
     def write(self, layer, k, v, starts, same):
-        """Write rows [B, K, n, H] at each sequence's start; returns what lies up to the last of them."""
+        """Write rows [B, K, n, H] at each sequence's start; returns all slots up to the last of them."""
         n = k.shape[2]
         end = (starts[0] if same else max(starts)) + n
         if self.held[layer] is None or self.held[layer][0].shape[2] < end:
@@ -396,7 +397,7 @@ class Cache:
 
 
 class Rows:
-    """The model's own modules, applied to real rows and mask rows together; only the latter meet the LoRA."""
+    """The model's own modules, applied to real rows and mask rows together; only mask rows go through the LoRA."""
 
     def __init__(self, model, adapter, pack=False):
         self.adapter, self.config, config = adapter, model.config, model.config
@@ -444,7 +445,7 @@ class Rows:
             qkv_proj, o_proj, gate_up, down = self.projections[i]
             part = layer.self_attn
             device = part.q_proj.weight.device
-            if cos.device != device or x.device != device:  # a model spread over several
+            if cos.device != device or x.device != device:  # a model spread over several devices
                 x, cos, sin = x.to(device), cos.to(device), sin.to(device)
                 masks = {window: mask.to(device) for window, mask in masks.items()}
             h = layer.input_layernorm(x)
@@ -455,7 +456,7 @@ class Rows:
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
             q, k, v = (self._apart(y, B, R) for y in (q, k, v))
             k, v = cache.write(i, k.transpose(1, 2), v.transpose(1, 2), starts, same)
-            # Query heads that share a key head lie behind one another, as further rows.
+            # Query heads that share a key head are stacked as further rows.
             q = q.view(B, n, self.K, -1, q.shape[-1]).permute(0, 2, 3, 1, 4).flatten(2, 3)
             h = F.scaled_dot_product_attention(q, k, v, masks[self.windows[i]], scale=part.scaling)
             h = h.unflatten(2, (-1, n)).permute(0, 3, 1, 2, 4).reshape(B, n, -1)
@@ -469,7 +470,7 @@ class Rows:
         return x[:real].view(B, R, x.shape[1]), x[real:].view(B, n - R, x.shape[1])
 
     def embedding(self, tokens):
-        """Input embeddings, where the table lies."""
+        """Input embeddings, on the device of the table."""
         return self.embed(tokens.to(self.embed.weight.device))
 
     def logits(self, latents):
@@ -488,7 +489,7 @@ class Rows:
 
 
 class Joined:
-    """The model's linear layers that read one input, as they are."""
+    """The model's linear layers that read one input, unchanged."""
 
     def __init__(self, linears):
         self.linears = linears
@@ -498,7 +499,7 @@ class Joined:
 
 
 class Packed:
-    """The same in a copy of their weights, laid out so that oneDNN reads them once for several rows."""
+    """The same from a copy of their weights, laid out so that oneDNN reads them once for several rows."""
 
     def __init__(self, linears):
         weight = torch.cat([linear.weight.detach() for linear in linears])
@@ -513,7 +514,7 @@ class Packed:
 
 
 def _linears(model):
-    """Linear layers by layer and group, and the head."""
+    """Linear projections by layer and group, and the head."""
     layers = []
     for layer in model.get_decoder().layers[: model.config.num_hidden_layers]:
         owners = (layer.self_attn, layer.self_attn, layer.mlp, layer.mlp)
@@ -528,7 +529,7 @@ def _products(model, kind):
 
 
 def _pack(model):
-    """The products of a model in the faster layout; None where that does not apply."""
+    """The products of a model in the faster layout; None where it cannot be used."""
     layers, head = _linears(model)
     every = [linear for groups in layers for linears in groups for linear in linears] + [head]
     plain = all(type(linear) is torch.nn.Linear and not linear._forward_hooks for linear in every)
@@ -536,7 +537,7 @@ def _pack(model):
         return None
     if not torch.backends.mkldnn.is_available() or sum(x.weight.nbytes for x in every) > PACKED_BYTES:
         return None
-    # Weights may have been changed since: a version tells of changes in place, samples of those behind its back.
+    # Weights may have changed since: versions reveal changes in place, samples those that versions miss.
     tensors = [x for linear in every for x in (linear.weight, linear.bias) if x is not None]
     versions = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
     samples = torch.cat([x.detach().flatten()[:: max(1, x.numel() // 64)] for x in tensors])
@@ -610,7 +611,7 @@ class Sampling:
 
 
 def prefix(right):
-    """How many drafts are right up to the first that is not."""
+    """How many drafts are right before the first that is not."""
     return right.long().cumprod(dim=1).sum(dim=1)
 
 
@@ -629,7 +630,7 @@ def draw(probabilities):
 
 
 class Decoding:
-    """Prefill, then steps that verify the drafts of the one before and draft anew."""
+    """Prefill, then steps that verify the drafts of the step before and draft anew."""
 
     def __init__(self, rows, plan, shortlist, sampling):
         self.rows, self.adapter, self.plan, self.sampling = rows, rows.adapter, plan, sampling
@@ -645,7 +646,7 @@ class Decoding:
         longest = max(map(len, prompts)) + room
         if self.rows.most is not None and longest > self.rows.most:
             raise ValueError(
-                f"{longest} tokens exceed the context of {self.rows.most}, which dynamic RoPE needs to know."
+                f"{longest} tokens exceed the context of {self.rows.most}, beyond which dynamic RoPE would change."
             )
         new, steps, histogram = [[] for _ in prompts], [0] * B, [[0] * (d + 1) for _ in prompts]
         going = [True] * B
@@ -677,7 +678,7 @@ class Decoding:
         return new, steps, histogram
 
     def prefill(self, prompts, slots):
-        """The first token of each prompt, drafts behind it with what they were drawn from, and the cache."""
+        """The first token of each prompt, the drafts behind it and their distributions, and the cache."""
         B, M, P = len(prompts), self.plan.block, max(map(len, prompts))
         tokens = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=self.device)
         ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
@@ -685,7 +686,7 @@ class Decoding:
         last = block = None
         for start in range(0, P, PREFILL_ROWS):
             part = tokens[:, start : start + PREFILL_ROWS]
-            count = M if start + PREFILL_ROWS >= P else 0  # masks come when all keys of every prompt are there
+            count = M if start + PREFILL_ROWS >= P else 0  # masks run when all keys of every prompt are there
             offsets = torch.arange(1, count + 1, device=self.device)
             anchors = (ends - start)[:, None].expand(B, count)
             layout = Layout(part.shape[1], anchors, offsets, torch.zeros_like(offsets), self.device)
@@ -698,7 +699,7 @@ class Decoding:
         return token, *(self.draft(block, None, token) if M else (tokens[:, :0], None)), cache
 
     def step(self, token, drafts, valid, proposal, starts, cache):
-        """What is emitted [B, d+1] and how many drafts of it, and the next drafts."""
+        """The emitted run [B, d+1], how many drafts of it are accepted, and the next drafts."""
         B, d = drafts.shape
         layout = self.layout or self._step_layout(valid)
         real, masks = self.rows(torch.cat([token[:, None], drafts], dim=1), layout, starts, cache)
@@ -733,7 +734,7 @@ class Decoding:
         return run, accepted, valid, *self.draft(masks, mask_scores, after[:, 0])
 
     def draft(self, latents, scores, first):
-        """Drafts [B, M] of a block behind the token `first`, and what they were drawn from where they are sampled."""
+        """Drafts [B, M] of a block behind the token `first`, and their distributions where they are sampled."""
         M, ids, table = latents.shape[1], None, self.rows.head.weight
         sampled, full = self.adapter.sampler, self.shortlist in (None, table.shape[0])
         if scores is None and (sampled is None or not full):

@@ -138,7 +138,7 @@ def assert_full_disk(ended, points=""):
     assert "Traceback" not in ended.err and "Exception ignored" not in ended.err, (points, ended)
 
 
-def test_a_run_on_a_full_disk_says_so_and_goes_on_later(
+def test_a_run_on_a_full_disk_says_so_and_resumes_later(
     tree, write_config, small_disk, start, start_disturbed, finish, undisturbed
 ):
     folder = small_disk / "run"

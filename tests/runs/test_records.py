@@ -1,4 +1,4 @@
-"""The best step of a run, and what is written of it."""
+"""The best step of a run, by its records, and what is written of it."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 from conftest import read_lines
 from safetensors.numpy import load_file
 
-from mtp_jax.runs.best import Best
+from mtp_jax.runs.records import Best
 from mtp_jax.training import tasks
 
 
@@ -27,7 +27,7 @@ def test_tokens_per_step_at_most_masks_come_before_the_loss():
 
 
 def test_the_best_model_is_written_beside_the_last(tree, write_config, command, finished, monkeypatch):
-    make = tasks.make_evaluate
+    make = tasks.NextTokenEvaluation
 
     def worse_later(*arguments):
         evaluate, given = make(*arguments), []
@@ -38,7 +38,7 @@ def test_the_best_model_is_written_beside_the_last(tree, write_config, command, 
 
         return figures
 
-    monkeypatch.setattr(tasks, "make_evaluate", worse_later)
+    monkeypatch.setattr(tasks, "NextTokenEvaluation", worse_later)
     tree["checkpoints"] = {"every": 5, "keep": 1}
     assert command("train", "--config", write_config(tree)).code == 0
     folder = Path(tree["output_dir"])

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mtp_jax.model.folder import INDEX, SINGLE, read_json, read_slice, stored_tensors
+from mtp_jax.model.base import Base
+from mtp_jax.model.folder import INDEX, SINGLE, read_json, read_slice
 from mtp_jax.model.folder_writer import write_tensors
 
-# What belongs to a model beside its weights. Its card is not among them: an export has one of its own.
+# A model's files beside its weights. Its card is not among them: an export has its own.
 _COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -31,7 +32,7 @@ _COMPANIONS = (
 
 
 def copy_companions(folder: Path, out: Path) -> None:
-    """Copy config, generation config, tokenizer, chat templates and licence as they are."""
+    """Copy config, generation config, tokenizer, chat templates and licence, byte for byte."""
     for pattern in _COMPANIONS:
         for file in sorted(folder.glob(pattern)):
             target = out / file.relative_to(folder)
@@ -39,9 +40,9 @@ def copy_companions(folder: Path, out: Path) -> None:
             shutil.copyfile(file, target)
 
 
-def copy_weights(folder: Path, out: Path) -> None:
-    """Copy the files of a model's weights as they are, and their index; several files without one get one."""
-    stored = stored_tensors(folder)
+def copy_weights(base: Base, out: Path) -> None:
+    """Copy a model's weight files and their index, byte for byte; several files without an index get one."""
+    folder, stored = base.folder, base.tensors.stored
     files = sorted({tensor.file for tensor in stored.values()})
     whole = len(files) == 1 and not (folder / INDEX).is_file()
     for file in files:
@@ -55,12 +56,11 @@ def copy_weights(folder: Path, out: Path) -> None:
         (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def convert_weights(folder: Path, out: Path, dtype: np.dtype) -> None:
-    """Write a model's weights in another dtype; `config.json` in `out` says so."""
-    stored = stored_tensors(folder)
+def convert_weights(base: Base, out: Path, dtype: np.dtype) -> None:
+    """Write a model's weights in another dtype, which `config.json` in `out` then states."""
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for key, tensor in stored.items():
+        for key, tensor in base.tensors.stored.items():
             yield key, read_slice(tensor, key, (slice(None),) * len(tensor.shape)).astype(dtype)
 
     write_tensors(out, tensors())

@@ -1,15 +1,18 @@
-"""What a run writes about itself: metrics.jsonl (deterministic), timing.jsonl (the rest), and trackers on request."""
+"""What a run records: metrics.jsonl (deterministic), timing.jsonl, trackers on request, and its best step."""
 
 import importlib.util
 import io
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
 from mtp_jax.runs import processes
+
+_HELD_OUT = "held_out_"
 
 
 class Journal:
@@ -23,7 +26,7 @@ class Journal:
         self.file = self._open()
 
     def _open(self) -> io.FileIO | None:
-        # Without a buffer of Python's own, nothing is left to be written when a full disk ends the run.
+        # Python buffers nothing, so nothing is left to be written when a full disk ends the run.
         return io.FileIO(self.path, "a") if processes.is_first() else None
 
     def cut(self, step: int) -> None:
@@ -40,21 +43,21 @@ class Journal:
         part.replace(self.path)
         self.file = self._open()
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, line: dict[str, Any]) -> None:
         """Append one line."""
-        line = (json.dumps(record) + "\n").encode()
-        while self.file is not None and line:  # an almost full disk takes a part of it
-            line = line[self.file.write(line) :]
+        data = (json.dumps(line) + "\n").encode()
+        while self.file is not None and data:  # an almost full disk takes only part of it
+            data = data[self.file.write(data) :]
 
-    def records(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[dict[str, Any]]:
         """All lines."""
         return [] if self.file is None else [json.loads(line) for line in self.path.read_bytes().splitlines()]
 
     def last_figures(self) -> dict[str, Any]:
         """The newest line with held-out figures, without their prefix; empty where there is none."""
-        for record in reversed(self.records()):
-            if "held_out_loss" in record:
-                return {name.removeprefix("held_out_"): value for name, value in record.items()}
+        for line in reversed(self.lines()):
+            if f"{_HELD_OUT}loss" in line:
+                return {name.removeprefix(_HELD_OUT): value for name, value in line.items()}
         return {}
 
     def sync(self) -> None:
@@ -89,7 +92,7 @@ def check_trackers(config: Config) -> None:
 
 
 class Trackers:
-    """TensorBoard and Weights & Biases, each only where the config asks for it; what came after `start` is hidden.
+    """TensorBoard and Weights & Biases, where the config asks for them; what they hold beyond `start` is hidden.
 
     Only the first process reports.
     """
@@ -109,10 +112,10 @@ class Trackers:
                 project=config.logging.wandb, id=run_dir.name, resume="allow", dir=run_dir, config=config.model_dump()
             )
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Record the numbers of one step."""
+    def write(self, line: dict[str, Any]) -> None:
+        """Report the numbers of one line."""
         values: dict[str, float] = {}
-        for name, value in record.items():
+        for name, value in line.items():
             if isinstance(value, list):
                 values |= {f"{name}/{i + 1}": entry for i, entry in enumerate(value)}
             elif isinstance(value, dict):
@@ -121,9 +124,9 @@ class Trackers:
                 values[name] = value
         if self.board:
             for name, value in values.items():
-                self.board.add_scalar(name, value, record["step"])
+                self.board.add_scalar(name, value, line["step"])
         if self.wandb:
-            self.wandb.log(values, step=record["step"])
+            self.wandb.log(values, step=line["step"])
 
     def close(self) -> None:
         """Finish both."""
@@ -131,3 +134,43 @@ class Trackers:
             self.board.close()
         if self.wandb:
             self.wandb.finish()
+
+
+class Best:
+    """The best step by its held-out figures: most tokens per step at most masks, if estimated; then smallest loss."""
+
+    def __init__(self, lines: Iterable[dict[str, Any]]):
+        self.step: int | None = None
+        self.figures: dict[str, Any] = {}
+        for line in lines:
+            self.offer(line["step"], line)
+
+    def offer(self, step: int, line: dict[str, Any]) -> bool:
+        """Take a line of metrics; returns whether its held-out figures are better than all before."""
+        if f"{_HELD_OUT}loss" not in line:
+            return False
+        figures = {"step": step} | {name.removeprefix(_HELD_OUT): value for name, value in line.items()}
+        if self.step is not None and _goodness(figures) <= _goodness(self.figures):
+            return False
+        self.step, self.figures = step, figures
+        return True
+
+    def write(self, path: Path) -> None:
+        """Write the step and the figure it is the best by."""
+        name, value = _figure(self.figures)
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(json.dumps({"step": self.step, "by": name, "value": value}) + "\n", encoding="utf-8")
+        part.replace(path)
+
+
+def _figure(figures: dict[str, Any]) -> tuple[str, float]:
+    estimate = figures.get("tokens_per_step")
+    if estimate:
+        masks = max(estimate, key=int)
+        return f"{_HELD_OUT}tokens_per_step.{masks}", estimate[masks]
+    return f"{_HELD_OUT}loss", figures["loss"]
+
+
+def _goodness(figures: dict[str, Any]) -> tuple[float, float]:
+    name, value = _figure(figures)
+    return 0.0 if name.endswith("loss") else value, -figures["loss"]  # the loss breaks ties
