@@ -29,7 +29,7 @@ from mtp_jax.decoding.auto import choose_plan
 from mtp_jax.decoding.generator import Completion, Generator, tokens_per_step
 from mtp_jax.decoding.plan import BlockPlan, parse_plan
 from mtp_jax.errors import run_command
-from mtp_jax.model.folder import find_folder
+from mtp_jax.locate import find_folder
 
 
 class Ours:

@@ -61,11 +61,11 @@ def step_seconds(generator: Generator, plan: BlockPlan, context: int, batch: int
     """Median seconds of one step behind `context` tokens."""
     generator = generator.using(plan=plan)
     slots = context + steps * (plan.drafts + 1) * (repeats + 2)
-    programs = generator._compile(batch, context, slots, None)
     ids = np.random.default_rng(0).integers(1, generator.g.V, (batch, context)).astype(np.int32)
     limits = Limits(jnp.full(batch, slots, jnp.int32), jnp.zeros(0, jnp.int32))
     lengths = np.full(batch, context, np.int32)
     keys = jax.vmap(jax.random.key)(jnp.arange(batch))
+    programs = generator.compile(ids, lengths, limits, slots, None, keys)
     state = programs.prefill(generator.variables, ids, lengths, limits, None, keys)
     times = []
     for _ in range(repeats + 1):

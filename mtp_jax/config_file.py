@@ -17,7 +17,7 @@ from mtp_jax.storage import local
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's idea of a number (2e-4 is one), and no key twice."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,7 +118,7 @@ def local(name: str, skip: Iterable[str] = ("checkpoints/", "logs/", ".lock")) -
             for path in files:
                 to = Path(scratch, "copy", copy.name, path) if path else Path(scratch, "copy", copy.name)
                 to.parent.mkdir(parents=True, exist_ok=True)
-                _asked(name, lambda path=path, to=to: fs.get_file(f"{key}/{path}" if path else key, str(to)))
+                _asked(name, partial(fs.get_file, f"{key}/{path}" if path else key, str(to)))
             with suppress(OSError):  # another process was first, with the same bytes
                 Path(scratch, "copy").rename(kept)
     return copy

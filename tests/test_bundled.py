@@ -14,8 +14,9 @@ from mtp_jax.data.documents import python_stdlib
 from mtp_jax.data.sources import split
 from mtp_jax.decoding.plan import plain, quadratic
 from mtp_jax.evaluate import main
+from mtp_jax.locate import bundled_models, find_folder
 from mtp_jax.model.base import open_base
-from mtp_jax.model.folder import bundled_models, find_folder, stored_tensors
+from mtp_jax.model.folder import stored_tensors
 from mtp_jax.mtp.adapter_folder import open_adapter
 from mtp_jax.training.report import TRAINING_FILES
 

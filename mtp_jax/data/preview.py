@@ -18,7 +18,8 @@ from mtp_jax.data.documents import Document
 from mtp_jax.data.tokenizer import train_tokenizer
 from mtp_jax.data.tokens import Encoder
 from mtp_jax.errors import UserError
-from mtp_jax.model.folder import SETTINGS, find_folder, load_tokenizer, read_geometry
+from mtp_jax.locate import SETTINGS, find_folder
+from mtp_jax.model.folder import load_tokenizer, read_geometry
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.storage import local
 

@@ -139,9 +139,9 @@ def choose_plan(
         best = max(rate(plan, step) for plan, step in seconds.items())
         if rate(quadratic(d), seconds[quadratic(d)]) < _HOPELESS * best:
             break
-    rows = sorted((plan.rows, step) for plan, step in seconds.items())
+    rows, steps = zip(*sorted((plan.rows, step) for plan, step in seconds.items()), strict=True)
     predicted = {
-        plan: rate(plan, float(np.interp(plan.rows, *zip(*rows, strict=True))))
+        plan: rate(plan, float(np.interp(plan.rows, np.asarray(rows), np.asarray(steps))))
         for plan in candidates(generator.shape.masks)
         if plan.drafts <= len(survives)
     }

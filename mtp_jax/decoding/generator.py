@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int, Key
 
 from mtp_jax import sharding
 from mtp_jax.decoding.forward import Forward, Variables
@@ -176,7 +177,7 @@ class Generator:
             how = Tempering(jnp.float32(sampling.temperature), top_k, jnp.float32(sampling.top_p))
             keys = _keys(sampling.seed, number, batch_size)
         with self._scope():
-            programs = self._compile(batch_size, width, slots, sampling.kind if sampling else None)
+            programs = self.compile(ids, lengths, limits, slots, how, keys, sampling.kind if sampling else None)
             begin = time.perf_counter()
             state = jax.block_until_ready(programs.prefill(self.variables, ids, lengths, limits, how, keys))
             prefilled = time.perf_counter()
@@ -212,23 +213,26 @@ class Generator:
         stack.enter_context(jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else None))
         return stack
 
-    def _compile(self, batch: int, width: int, slots: int, sampling: SamplingKind | None) -> Programs:
-        """The compiled programs for a batch shape; prompt lengths within a bucket share one."""
+    def compile(
+        self,
+        prompts: Int[np.ndarray, "B P"],
+        lengths: Int[np.ndarray, " B"],
+        limits: Limits,
+        slots: int,
+        how: Tempering | None,
+        keys: Key[Array, " B"],
+        sampling: SamplingKind | None = None,
+    ) -> Programs:
+        """The compiled programs for arguments such as these; prompts that share a bucket of lengths share them."""
         decoding = Decoding(self.forward, self.options, sampling)
-        key = (decoding, batch, width, slots)
+        key = (decoding, prompts.shape, slots)
         if key not in self.compiled:
-            slots += self.options.plan.drafts + 1  # a step writes all its rows, also behind the last token
+            room = slots + self.options.plan.drafts + 1  # a step writes all its rows, also behind the last token
 
             def prefill(variables: Any, prompts: Any, lengths: Any, limits: Limits, how: Any, keys: Any) -> DecodeState:
-                return decoding.prefill(variables, prompts, lengths, limits, slots, self.dtype, how, keys)
+                return decoding.prefill(variables, prompts, lengths, limits, room, self.dtype, how, keys)
 
-            rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
-            limits = Limits(rows, jax.ShapeDtypeStruct((len(self.stops),), jnp.int32))
-            prompts = jax.ShapeDtypeStruct((batch, width), jnp.int32)
-            number, count = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-            how = None if sampling is None else Tempering(number, count, number)
-            keys = jax.eval_shape(lambda: _keys(0, 0, batch))
-            lowered = jax.jit(prefill).lower(self.variables, prompts, rows, limits, how, keys)
+            lowered = jax.jit(prefill).lower(self.variables, prompts, lengths, limits, how, keys)
             first = lowered.compile()
             state = jax.tree.map(
                 lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
@@ -236,12 +240,13 @@ class Generator:
                 first.output_shardings,
             )
             advance = jax.jit(decoding.advance, donate_argnums=1, out_shardings=first.output_shardings)
-            self.compiled[key] = Programs(first, advance.lower(self.variables, state, limits, count, how).compile())
+            steps = jnp.int32(_ALL_STEPS)
+            self.compiled[key] = Programs(first, advance.lower(self.variables, state, limits, steps, how).compile())
         return self.compiled[key]
 
 
 def _keys(seed: int, number: int, batch: int) -> jax.Array:
-    """A key for each row; rows are numbered over all batches."""
+    """A key for each prompt; prompts are numbered over all batches."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), number + jnp.arange(batch))
 
 

@@ -18,7 +18,8 @@ from mtp_jax.errors import UserError
 from mtp_jax.fitting.chips import EFFICIENCY, Chip, local_chip, parse_topology, topology_devices
 from mtp_jax.fitting.compiled import bytes_by_kind, collectives, flops
 from mtp_jax.fitting.decoding import decoding_program
-from mtp_jax.model.folder import find_folder, read_json
+from mtp_jax.locate import find_folder
+from mtp_jax.model.folder import read_json
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.mtp.losses import MultiTokenLoss
 from mtp_jax.training.objectives import adapter_shape

@@ -142,7 +142,12 @@ def attend_blocks(
     """
     B, _, M, N, _ = q.shape
     chunk = rows_that_fit(B * N * M * real.k.shape[2]) if chunk is None else chunk
-    return map_chunks(lambda part: _attend_chunk(*part, real, keys, window), (q, own, blocks), chunk)
+
+    def part(of: tuple[Array, tuple[Array, Array], Blocks]) -> Array:
+        q, own, blocks = of
+        return _attend_chunk(q, own, blocks, real, keys, window)
+
+    return map_chunks(part, (q, own, blocks), chunk)
 
 
 def _attend_chunk(

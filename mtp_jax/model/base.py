@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtp_jax.locate import find_folder
 from mtp_jax.model.folder import (
     Tensors,
-    find_folder,
     load_params,
     load_tokenizer,
     open_tensors,

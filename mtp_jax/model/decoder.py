@@ -317,8 +317,9 @@ class Decoder(nn.Module):
             x, cache = self._scan(body)(self.layers, x, jnp.asarray(kinds), cache, (fused or {}).get("layers", {}))
         else:
             written = []
-            for i, layer in enumerate(self.layer):
-                x, layer_cache = body(layer, x, kinds[i], cache[i], (fused or {}).get(f"layer_{i}", {}))
+            assert not isinstance(cache, LayerCache)
+            for i, (layer, of_layer) in enumerate(zip(self.layer, cache, strict=True)):
+                x, layer_cache = body(layer, x, kinds[i], of_layer, (fused or {}).get(f"layer_{i}", {}))
                 written.append(layer_cache)
             cache = written
         x = self.norm(x)

@@ -1,12 +1,12 @@
-"""Hugging Face folders in: find one, read its config, stream its tensors into their final sharding."""
+"""Hugging Face folders in: read the config and the tokenizer, stream tensors into their final sharding."""
 
+import functools
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,7 @@ from safetensors import SafetensorError, safe_open
 from mtp_jax.errors import UserError
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import EMBED_KEY, UNEMBED_KEY, Params, Weight, weight_table
-from mtp_jax.storage import local
 
-# Files of a model on the hub that are of use: no code, no pickles.
-SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
-FILES = (*SETTINGS, "*.safetensors")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 _BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -39,47 +35,6 @@ class Stored:
     file: Path
     shape: tuple[int, ...]
     dtype: np.dtype
-
-
-def bundled_models() -> list[str]:
-    """Names that `bundled:NAME` accepts."""
-    return sorted(path.parent.name for path in _bundled().glob("*/config.json"))
-
-
-def _bundled() -> Path:
-    return Path(str(resources.files("mtp_jax"))) / "bundled"
-
-
-def find_folder(name: str, revision: str | None = None, patterns: tuple[str, ...] = FILES) -> Path:
-    """The folder of `bundled:NAME`, of a path (also `gs://`), or of a hub name (downloaded when not yet here).
-
-    Args:
-        revision: of a hub name; the newest by default.
-        patterns: files of a hub name that are needed.
-    Raises:
-        UserError: nothing of that name, here or on the hub.
-    """
-    if name.startswith("bundled:"):
-        folder = _bundled() / name.removeprefix("bundled:")
-        if not (folder / "config.json").is_file():
-            raise UserError(f"there is no bundled model {name!r}; there is {', '.join(bundled_models()) or 'none'}.")
-        return folder
-    if (folder := local(name)).exists():
-        if not folder.is_dir():
-            raise UserError(f"{name}: a model is a folder with config.json and safetensors, and this is a file.")
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{name}: config.json is missing, so this is no Hugging Face model folder.")
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise UserError(f"{name}: no such folder; give a model folder, bundled:NAME, or a hub name such as org/model.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name}: no such folder here, and the Hugging Face hub did not give it: {reason}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -260,31 +215,29 @@ def load_params(
         keys = [renamed.get(key, key) for key in weight.stored_keys()]
         kept = np.dtype(dtype or jnp.result_type(*{stored[key].dtype for key in keys}))
 
-        blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices that hold the same part share one
-
-        def read(
-            index: tuple[slice, ...],
-            weight: Weight = weight,
-            keys: list[str] = keys,
-            kept: np.dtype = kept,
-            blocks: dict[tuple[tuple[int, int], ...], np.ndarray] = blocks,
-        ) -> np.ndarray:
-            bounds = tuple(s.indices(n)[:2] for s, n in zip(index, weight.shape, strict=True))
-            if bounds in blocks:
-                return blocks[bounds]
-            index = tuple(slice(*bound) for bound in bounds)
-            block = blocks[bounds] = np.empty([s.stop - s.start for s in index], kept)
-            if weight.stacked:
-                for slot, layer in enumerate(range(index[0].start, index[0].stop)):
-                    _read_into(block[slot], stored[keys[layer]], keys[layer], index[1:], weight.transposed)
-            else:
-                _read_into(block, stored[keys[0]], keys[0], index, weight.transposed)
-            return block
-
+        read = functools.partial(_part, weight, [(stored[key], key) for key in keys], kept, {})
         sharding = shardings(weight) if shardings else one_device
         leaf = jax.make_array_from_callback(weight.shape, sharding, read)
         items.append((weight.path, jax.block_until_ready(leaf)))
     return unflatten_dict(dict(items))
+
+
+def _part(
+    weight: Weight,
+    sources: list[tuple[Stored, str]],
+    dtype: np.dtype,
+    read: dict[Any, np.ndarray],
+    index: tuple[slice, ...] | None,
+) -> np.ndarray:
+    """The part of a weight that a device holds; `read` keeps parts, as devices that hold the same one share it."""
+    assert index is not None
+    spans = tuple(range(*s.indices(n)) for s, n in zip(index, weight.shape, strict=True))
+    if spans not in read:
+        block = read[spans] = np.empty([len(span) for span in spans], dtype)
+        inner = tuple(slice(span.start, span.stop) for span in spans[weight.stacked :])
+        for slot, (stored, key) in enumerate(sources[spans[0].start : spans[0].stop] if weight.stacked else sources):
+            _read_into(block[slot] if weight.stacked else block, stored, key, inner, weight.transposed)
+    return read[spans]
 
 
 def load_tokenizer(folder: Path, g: Geometry) -> Any:

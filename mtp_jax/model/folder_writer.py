@@ -61,7 +61,9 @@ def write_folder(
         return
     config = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
     config["dtype"] = jnp.dtype(dtype).name
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    ids: dict[str, Any] = {
+        key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config
+    }
     with whole_or_absent(out) as part:
         write_tensors(part, stored_form(params, g, dtype), shard_bytes)
         _write_json(part / "config.json", config)

@@ -5,6 +5,7 @@ give that without a gradient.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,8 @@ def _splash(
     seen = library.CausalMask((R, R)) if window is None else library.LocalMask((R, R), (window - 1, 0), 0)
     size = next(size for size in (_LARGEST_BLOCK, 256, _LANES) if R % size == 0)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    blocks = library.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), size))
+    sizes: dict[str, Any] = dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), size)
+    blocks = library.BlockSizes(**sizes)
     kernel = library.make_splash_mha(
         library.MultiHeadMask([seen] * N), block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
     )

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mtp_jax.errors import UserError
+from mtp_jax.locate import find_folder
 from mtp_jax.model.base import Base
-from mtp_jax.model.folder import find_folder, read_json
+from mtp_jax.model.folder import read_json
 from mtp_jax.model.folder_writer import on_host, whole_or_absent
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import PROJECTIONS, Params, leaf_at

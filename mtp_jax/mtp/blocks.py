@@ -9,14 +9,14 @@ from jaxtyping import Array, Bool, Float, Int
 from mtp_jax.model.attention import Blocks
 
 
-def hash_positions(seed: int, epoch: int, example: int, positions: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of every position of an example: a pure function of its arguments.
+def hash_positions(seed: int, epoch: int, document: int, positions: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of every position of a document: a pure function of its arguments.
 
     Anchors are chosen by it, so that they depend on neither packing nor devices. Mixing as in splitmix64.
     """
-    mixed = np.uint64(seed)
+    mixed = np.asarray(seed, np.uint64)
     with np.errstate(over="ignore"):
-        for value in (np.uint64(epoch), np.uint64(example), positions.astype(np.uint64)):
+        for value in (np.uint64(epoch), np.uint64(document), positions.astype(np.uint64)):
             mixed = (mixed ^ value) + np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -108,5 +108,5 @@ def usable(masks: int) -> list[int]:
 
 def table(accepted: Any, of: Continuations, masks: int) -> dict[str, float]:
     """Estimated tokens per step for 1, 2, 4, ... masks."""
-    accepted, of = np.asarray(accepted), Continuations(*map(np.asarray, of))
-    return {str(m): tokens_per_step(accepted, of, m) for m in usable(masks)}
+    of = jax.tree.map(np.asarray, of)
+    return {str(m): tokens_per_step(np.asarray(accepted), of, m) for m in usable(masks)}

@@ -193,22 +193,25 @@ class MultiTokenLoss:
     def sums(self, trained: Params, frozen: Params, batch: Any, step: Int[Array, ""]) -> Sums:
         """Every term summed over the rows it runs over."""
         context, sums = self.real(trained, frozen, batch)
-        return sums | self.masks(trained, frozen, context, *self._targets(batch), step)
+        blocks, targets = self._targets(batch)
+        return sums | self.masks(trained, frozen, context, blocks, targets, step)
 
     def _in_chunks(
         self, trained: Params, frozen: Params, batch: Any, totals: Sums, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], Sums]:
         """The loss and every figure, from chunks of blocks: losses are sums over rows, so it is the same loss."""
+        assert self.anchor_chunk is not None
         context, real_sums = self.real(trained, frozen, batch)
         chunks = cut(self._targets(batch), self.anchor_chunk)
 
         def share(trained: Params, rest: Any, chunk: Any) -> tuple[Float[Array, ""], Sums]:
             frozen, context, totals, step, nothing = rest
-            sums = self.masks(trained, frozen, context, *chunk, step)
+            blocks, targets = chunk
+            sums = self.masks(trained, frozen, context, blocks, targets, step)
             return self.values(nothing | sums, totals)[0], sums
 
-        first = jax.tree.map(lambda x: x[0], chunks)
-        shapes = jax.eval_shape(self.masks, trained, frozen, context, *first, step)
+        blocks, targets = jax.tree.map(lambda x: x[0], chunks)
+        shapes = jax.eval_shape(self.masks, trained, frozen, context, blocks, targets, step)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), {**real_sums, **shapes})
         rest = (frozen, context, totals, step, nothing)
         loss, sums = accumulated(share, self._placed, trained, jax.lax.stop_gradient(rest), chunks)

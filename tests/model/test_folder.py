@@ -12,8 +12,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from mtp_jax.errors import UserError
+from mtp_jax.locate import find_folder
 from mtp_jax.model.base import open_base
-from mtp_jax.model.folder import INDEX, SINGLE, find_folder, load_tokenizer, read_geometry, stop_ids
+from mtp_jax.model.folder import INDEX, SINGLE, load_tokenizer, read_geometry, stop_ids
 from mtp_jax.model.weights import leaf_at, weight_table
 
 EMBED, UNEMBED = "model.embed_tokens.weight", "lm_head.weight"
