@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from mtp_jax import sharding
 from mtp_jax.decoding.forward import Forward
@@ -50,7 +51,7 @@ def load(
 def generator(
     base: Base,
     options: Options,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     adapter: tuple[AdapterShape, Params] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     forward: Forward | None = None,

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -30,6 +30,7 @@ RULES = (
 )
 
 
+@runtime_checkable
 class Placed(Protocol):
     """A row of a weight table, as far as its placement goes."""
 

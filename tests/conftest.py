@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jaxtyping import install_import_hook
+
+# Shapes in annotations are checked at every call of a test; before the package is imported.
+install_import_hook("mtp_jax", "checked.typechecked")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of torch wait for each other in a loop: on cores that other tests use too, tiny models take minutes.

@@ -4,11 +4,12 @@ The loop and drafting know the model through this interface alone; `XlaForward` 
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import block_diag
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mtp_jax.model.decoder import Cache, Decoder, MaskRows
@@ -22,6 +23,7 @@ GROUPS = {"attention_in": ("q", "k", "v"), "attention_out": ("o",), "mlp_in": ("
 Variables = dict[str, Any]
 
 
+@runtime_checkable
 class Forward(Protocol):
     """One pass over the rows of a step, and what drafting needs beside it. Hashable, so that it can be static."""
 
@@ -144,7 +146,7 @@ def lora_parts(model: Decoder, lora: Params, names: tuple[str, ...], layer: int)
     return [jnp.asarray(x, model.dtype) for x in a], [jnp.asarray(x, model.dtype) for x in b]
 
 
-def drafting_weights(mtp: Params, dtype: jnp.dtype) -> Params:
+def drafting_weights(mtp: Params, dtype: DTypeLike) -> Params:
     """Masks and sampler in `dtype`; norms stay as they are, as they are computed in float32."""
     cast = jax.tree.map_with_path(lambda path, x: jnp.asarray(x, None if "norm" in str(path) else dtype), mtp)
     return cast | {"sampler": parted(cast["sampler"])} if "sampler" in cast else cast

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mtp_jax.decoding.drafting import choose_drafts
@@ -67,7 +68,7 @@ class Decoding:
         prompt_length: Int[Array, " B"],
         limits: Limits,
         slots: int,
-        cache_dtype: jnp.dtype,
+        cache_dtype: DTypeLike,
         how: Tempering | None = None,
         keys: Key[Array, " B"] | None = None,
     ) -> DecodeState:
@@ -107,7 +108,7 @@ class Decoding:
         prompt_length: Int[Array, " B"],
         limits: Limits,
         slots: int,
-        cache_dtype: jnp.dtype,
+        cache_dtype: DTypeLike,
         how: Tempering | None = None,
         keys: Key[Array, " B"] | None = None,
     ) -> DecodeState:

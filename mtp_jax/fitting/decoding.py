@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
+from jax.typing import DTypeLike
 
 from mtp_jax import sharding
 from mtp_jax.decoding.forward import XlaForward
@@ -23,7 +24,7 @@ def decoding_program(
     plan: BlockPlan,
     slots: int,
     batch: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     mesh: jax.sharding.Mesh,
 ) -> tuple[Any, tuple[Any, ...]]:
     """A jitted greedy step, its state donated, and its arguments' shapes, weights and cache spread over the mesh."""
@@ -56,7 +57,7 @@ def decoding_program(
     return step, (variables, placed, limits)
 
 
-def _params(g: Geometry, dtype: jnp.dtype, mesh: jax.sharding.Mesh) -> Params:
+def _params(g: Geometry, dtype: DTypeLike, mesh: jax.sharding.Mesh) -> Params:
     """Weights as decoding holds them, a dict per layer."""
     items: list[tuple[tuple[str, ...], Any]] = []
     for weight in weight_table(g):

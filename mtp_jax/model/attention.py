@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mtp_jax.model.chunks import map_chunks
@@ -37,7 +38,7 @@ class LayerCache(NamedTuple):
         return jax.tree.map(into, self, rows)
 
 
-def empty_cache(g: Geometry, batch: int, slots: int, dtype: jnp.dtype, stacked: bool) -> LayerCache | list[LayerCache]:
+def empty_cache(g: Geometry, batch: int, slots: int, dtype: DTypeLike, stacked: bool) -> LayerCache | list[LayerCache]:
     """A cache of zeros: one stacked [L, ...] for scanned layers, else one per layer."""
     shape = (batch, g.K, slots, g.H)
     if stacked:

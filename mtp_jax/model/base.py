@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from mtp_jax.locate import find_folder
 from mtp_jax.model.folder import (
@@ -65,7 +65,7 @@ class Base:
         return digest.hexdigest()
 
     def load(
-        self, dtype: jnp.dtype | None = None, shardings: Callable[[Weight], jax.sharding.Sharding] | None = None
+        self, dtype: DTypeLike | None = None, shardings: Callable[[Weight], jax.sharding.Sharding] | None = None
     ) -> Params:
         """The weights, see `load_params`."""
         return load_params(self.tensors, self.g, dtype, shardings)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mtp_jax.model.attention import Blocks, Keys, LayerCache, attend, attend_blocks, attend_rows, visibility
@@ -44,8 +45,8 @@ class StepRows(NamedTuple):
     """What all layers share about the rows of a decoding step. Visibility differs by kind of layer: by window."""
 
     start: Int[Array, " B"]  # position of the first row, where the cache is written
-    cos: Float[Array, "B R 1 H/2"]
-    sin: Float[Array, "B R 1 H/2"]
+    cos: Float[Array, "B R 1 half"]
+    sin: Float[Array, "B R 1 half"]
     low: Int[Array, "kinds B R"]  # the first slot of the cache that a row sees,
     high: Int[Array, "kinds B R"]  # and the one behind the last
     own: Bool[Array, "kinds B R R"]  # which of the step's own rows a row sees
@@ -106,8 +107,8 @@ class Layer(nn.Module):
     def real(
         self,
         x: Float[Array, "B R D"],
-        cos: Float[Array, "B R 1 H/2"],
-        sin: Float[Array, "B R 1 H/2"],
+        cos: Float[Array, "B R 1 half"],
+        sin: Float[Array, "B R 1 half"],
         kind: Int[Array, ""] | int,
         adapted: bool,
         keep: bool,
@@ -176,8 +177,8 @@ class Layer(nn.Module):
     def masks(
         self,
         m: Float[Array, "B G M D"],
-        cos: Float[Array, "B G M 1 H/2"],
-        sin: Float[Array, "B G M 1 H/2"],
+        cos: Float[Array, "B G M 1 half"],
+        sin: Float[Array, "B G M 1 half"],
         blocks: Blocks,
         keys: Keys,
         window: Int[Array, ""] | None,
@@ -210,7 +211,7 @@ class Layer(nn.Module):
         with jax.named_scope("attention"):
             return x + self.o(h.reshape(*x.shape[:-1], -1), adapted)
 
-    def _mlp_weights(self, dtype: jnp.dtype, adapted: bool) -> tuple[Matrices, Matrices, Matrices]:
+    def _mlp_weights(self, dtype: DTypeLike, adapted: bool) -> tuple[Matrices, Matrices, Matrices]:
         D, F = self.g.D, self.g.F
         gate, up = self.gate.matrices(D, dtype, adapted), self.up.matrices(D, dtype, adapted)
         return gate, up, self.down.matrices(F, dtype, adapted)
@@ -231,7 +232,7 @@ class Decoder(nn.Module):
     """
 
     g: Geometry
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     scanned: bool = True
     attention: str = "xla"  # of real rows in whole sequences, where they fit it: "xla", "splash", "cudnn"

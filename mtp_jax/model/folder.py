@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from mtp_jax.errors import UserError
@@ -193,7 +194,7 @@ def _read_into(target: np.ndarray, stored: Stored, key: str, index: tuple[slice,
 def load_params(
     tensors: Tensors,
     g: Geometry,
-    dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
     shardings: Callable[[Weight], jax.sharding.Sharding] | None = None,
 ) -> Params:
     """The weights of a Hugging Face folder as our tree, each streamed straight into its final sharding.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from mtp_jax.model.folder import INDEX, SINGLE
@@ -28,7 +29,7 @@ def on_host(leaf: Any) -> np.ndarray:
     return np.asarray(leaf)
 
 
-def stored_form(params: Params, g: Geometry, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def stored_form(params: Params, g: Geometry, dtype: DTypeLike) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor under its Hugging Face name and in its layout, one at a time on the host.
 
     Where several processes hold the weights, all of them go through this.
@@ -46,7 +47,7 @@ def write_folder(
     g: Geometry,
     config: dict[str, Any],
     tokenizer: Any,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     shard_bytes: int = SHARD_BYTES,
     generation: dict[str, Any] | None = None,
 ) -> None:

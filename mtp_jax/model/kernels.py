@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mtp_jax.model.attention import LayerCache
@@ -21,7 +22,7 @@ _LARGEST_BLOCK = 512
 _CUDNN_WIDTH = 128
 
 
-def misfit(kernel: str, rows: int, width: int, dtype: jnp.dtype) -> str | None:
+def misfit(kernel: str, rows: int, width: int, dtype: DTypeLike) -> str | None:
     """Why a kernel does not take sequences of so many rows with heads so wide; None where it does."""
     if kernel == "splash" and rows % _LANES:
         return f"takes sequences of a multiple of {_LANES} tokens, not {rows}"

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mtp_jax.sharding import place
@@ -39,7 +40,7 @@ class Projection(nn.Module):
     axes: tuple[str | None, str | None] = (None, None)
 
     @nn.compact
-    def matrices(self, width: int, dtype: jnp.dtype, adapted: bool = False, gather: bool = True) -> Matrices:
+    def matrices(self, width: int, dtype: DTypeLike, adapted: bool = False, gather: bool = True) -> Matrices:
         """The matrices for rows so wide.
 
         Without `gather` the compiler may move the rows to the weights' parts: right for the few rows of decoding.

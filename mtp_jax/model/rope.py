@@ -96,15 +96,17 @@ def _yarn(plain: np.ndarray, theta: float, rope: dict[str, Any], original: int) 
     return plain / np.float32(factor) * ramp + plain * (1 - ramp), float(scale)
 
 
-def angles(rope: Rope, positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]]:
+def angles(
+    rope: Rope, positions: Int[Array, "*rows"]
+) -> tuple[Float[Array, "*rows 1 half"], Float[Array, "*rows 1 half"]]:
     """Cosine and sine of every position's rotation, float32, to be shared by all layers and heads."""
     angle = positions[..., None, None].astype(jnp.float32) * jnp.asarray(rope.inv_freq, jnp.float32)
     return jnp.cos(angle) * rope.scale, jnp.sin(angle) * rope.scale
 
 
 def rotate(
-    x: Float[Array, "B T heads H"], cos: Float[Array, "B T 1 H/2"], sin: Float[Array, "B T 1 H/2"]
-) -> Float[Array, "B T heads H"]:
+    x: Float[Array, "*rows heads H"], cos: Float[Array, "*rows 1 half"], sin: Float[Array, "*rows 1 half"]
+) -> Float[Array, "*rows heads H"]:
     """Rotate the pairs (h, h + H/2) of every head, in x's dtype as the checkpoints were trained."""
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
     first, second = jnp.split(x, 2, axis=-1)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, PRNGKeyArray
 
 from mtp_jax.model.geometry import Geometry
@@ -91,7 +92,7 @@ def leaf_at(tree: Params, path: tuple[str, ...]) -> Any:
     return tree
 
 
-def init_params(g: Geometry, key: PRNGKeyArray, dtype: jnp.dtype = jnp.float32) -> Params:
+def init_params(g: Geometry, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) -> Params:
     """Fresh weights: normal of scale `init_scale`, 1/sqrt(2L) of it where a projection writes to the residual."""
 
     def draw(index: int, weight: Weight) -> Array:
@@ -103,7 +104,7 @@ def init_params(g: Geometry, key: PRNGKeyArray, dtype: jnp.dtype = jnp.float32) 
     return unflatten_dict({weight.path: draw(i, weight) for i, weight in enumerate(weight_table(g))})
 
 
-def abstract_params(g: Geometry, dtype: jnp.dtype) -> Params:
+def abstract_params(g: Geometry, dtype: DTypeLike) -> Params:
     """Shapes and dtypes of all weights, without the weights."""
     return unflatten_dict({weight.path: jax.ShapeDtypeStruct(weight.shape, dtype) for weight in weight_table(g)})
 

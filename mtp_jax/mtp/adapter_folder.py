@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -51,7 +52,7 @@ def write_adapter(
     adapter: Params,
     base: dict[str, str],
     summary: dict[str, Any],
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> None:
     """Write an adapter folder that is whole or absent; the rest is as in `write_adapter_files`.
 
@@ -71,7 +72,7 @@ def write_adapter_files(
     adapter: Params,
     base: dict[str, str],
     summary: dict[str, Any],
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     measured: dict[str, Any] | None = None,
 ) -> None:
     """Write an adapter's two files into a folder.

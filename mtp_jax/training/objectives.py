@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mtp_jax.config import Config
@@ -50,7 +51,7 @@ def make_objective(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> "Nex
 
 
 def make_decoder(
-    g: Geometry, dtype: jnp.dtype, length: int, mesh: jax.sharding.Mesh, attention: str = "auto", remat: str = "none"
+    g: Geometry, dtype: DTypeLike, length: int, mesh: jax.sharding.Mesh, attention: str = "auto", remat: str = "none"
 ) -> Decoder:
     """The model with the attention kernel asked for, or with the one that suits the platform.
 

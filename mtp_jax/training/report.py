@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from rich.console import Console
 from rich.table import Table
 
@@ -88,7 +89,7 @@ def sequence_length(base: Base, adapter: Adapter | None, asked: int | None) -> i
     return length
 
 
-def base_figures(base: Base, held: HeldOut, of: Sequences, dtype: jnp.dtype) -> dict[str, Any]:
+def base_figures(base: Base, held: HeldOut, of: Sequences, dtype: DTypeLike) -> dict[str, Any]:
     """Numbers of documents, and what `NextTokenEvaluation` gives."""
     objective = NextToken(Decoder(base.g, dtype), _LOSS_CHUNK)
     batches = held_out_batches(held.documents, base.tokenizer, of.batch_size, of.length, of.batches)
@@ -98,7 +99,7 @@ def base_figures(base: Base, held: HeldOut, of: Sequences, dtype: jnp.dtype) -> 
 
 
 def adapter_figures(
-    base: Base, adapter: Adapter, held: HeldOut, of: Sequences, prompts: int, dtype: jnp.dtype
+    base: Base, adapter: Adapter, held: HeldOut, of: Sequences, prompts: int, dtype: DTypeLike
 ) -> dict[str, Any]:
     """What `AdapterEvaluation` gives, as training reports it; tokens per step are estimated on so many prompts."""
     mesh = sharding.make_mesh(Mesh())

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
+from jax.typing import DTypeLike
 
 from mtp_jax.config import Config, TokenizerRecipe
 from mtp_jax.data.datasets import SourceDocuments
@@ -35,7 +35,7 @@ class NewBase:
     seed: int
     tokenizer: Any | None  # None until it has been trained
 
-    def load(self, dtype: jnp.dtype, shardings: Callable[[Weight], jax.sharding.Sharding]) -> Params:
+    def load(self, dtype: DTypeLike, shardings: Callable[[Weight], jax.sharding.Sharding]) -> Params:
         """Fresh weights in `dtype`, each drawn straight into its sharding."""
         placed = unflatten_dict({weight.path: shardings(weight) for weight in weight_table(self.g)})
         draw = jax.jit(lambda key: init_params(self.g, key, dtype), out_shardings=placed)

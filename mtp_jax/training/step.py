@@ -1,7 +1,7 @@
 """One training step: gradients of whatever the objective trains, accumulated over parts of the batch, and AdamW."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a step minimises. Losses are means over a whole batch, so its parts need the batch's totals."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from mtp_jax.training.program import Program
 from mtp_jax.training.start import NewBase
 
 
+@runtime_checkable
 class Task(Protocol):
     """An objective with everything a run needs around it."""
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mtp_jax.decoding import loop
+from mtp_jax.decoding.forward import XlaForward
 from mtp_jax.decoding.loop import Decoding, Limits
-from mtp_jax.decoding.plan import BlockPlan
 from mtp_jax.model.attention import empty_cache
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import unstack_layers
@@ -120,7 +120,7 @@ def test_prefill_of_ragged_prompts_gives_the_first_token_of_each(case, chunk, mo
     monkeypatch.setattr(loop, "PREFILL_CHUNK", chunk)
     lengths = np.array([LENGTH, 6])
     limits = Limits(jnp.asarray(lengths + 1), jnp.zeros(0, int))
-    decoding = Decoding(Decoder(g), BlockPlan((0,)))
+    decoding = Decoding(XlaForward(Decoder(g)))
     with jax.default_matmul_precision("highest"):
         state = jax.jit(
             lambda params, prompts, lengths: decoding.prefill(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from tiny import SHAPE, geometry, make_batch, noisy, run
 
+from mtp_jax.model.chunks import cut
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import init_params
-from mtp_jax.mtp.accumulation import accumulated, cut
+from mtp_jax.mtp.accumulation import accumulated
 from mtp_jax.mtp.adapter import init_adapter
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
 

@@ -1,6 +1,7 @@
 """Tiny models, adapters and batches for the tests of the method."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.model.geometry import Geometry
@@ -51,14 +52,8 @@ def make_batch(anchors=None, documents=((12,), (12,)), prompt=0):
     chosen = [
         choose_anchors(hash_positions(1, 0, b, np.arange(T)), supervised[b], segments[b], anchors) for b in range(B)
     ]
-    return {
-        "tokens": text[:, :-1],
-        "labels": text[:, 1:],
-        "supervised": supervised,
-        "positions": positions,
-        "segments": segments,
-        "anchors": np.stack(chosen),
-    }
+    fields = {"positions": positions, "segments": segments, "supervised": supervised, "anchors": np.stack(chosen)}
+    return jax.tree.map(jnp.asarray, {"tokens": text[:, :-1], "labels": text[:, 1:], **fields})
 
 
 def run(f, *arguments):
