@@ -79,8 +79,8 @@ class MultiTokenLoss:
             return self.values(self.sums(trained, frozen, part, step), totals)
         return self._in_chunks(trained, frozen, part, totals, step)
 
-    def values(self, sums: Sums, totals: Sums) -> tuple[Float[Array, ""], Sums]:
-        """The total loss and every figure, from sums and totals."""
+    def values(self, sums: dict[str, Any], totals: dict[str, Any]) -> tuple[Float[Array, ""], Sums]:
+        """The total loss and every figure, from sums and totals: arrays here, or numbers on the host."""
         totals = {name: jnp.maximum(value, 1) for name, value in totals.items()}
         t, real, masks = self.terms, totals["real_rows"], totals["mask_rows"]
         values = {
