@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-Wall", "-Wextra", "-shared", "
 class Panels:
     """A matrix, or several side by side, as the C++ product takes it."""
 
-    panels: Float[Array, "P in W"]  # W columns each; a matrix begins one of its own, and its last is filled up
+    panels: Any  # [P, in, W]: W columns each; a matrix begins one of its own, and its last is filled up
     ends: tuple[int, ...]  # the columns at which the matrices end
 
 
