@@ -339,7 +339,7 @@ class Decoder(nn.Module):
         Args:
             embeddings: of the mask tokens m_1..m_M.
             blocks: the anchors; `keys` and `real` describe the real rows, as `__call__` kept them or in a cache.
-            chunk: how many blocks' attention scores exist at a time; so many as fit where it is None.
+            chunk: how many blocks' attention scores exist at a time; as many as fit by default.
         """
         g, M = self.g, embeddings.shape[0]
         m = jnp.broadcast_to(embeddings.astype(self.dtype), (*blocks.anchors.shape, M, g.D))

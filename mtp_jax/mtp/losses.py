@@ -54,7 +54,7 @@ class MultiTokenLoss:
     shape: AdapterShape
     terms: LossTerms
     loss_chunk: int  # rows of each device whose logits exist at a time
-    attention_chunk: int | None = None  # blocks whose attention scores exist at a time; None for so many as fit
+    attention_chunk: int | None = None  # blocks whose attention scores exist at a time; None for as many as fit
     anchor_chunk: int | None = None  # blocks of a sequence that exist at a time; None for all; needs the gate
 
     def totals(self, batch: Any) -> Sums:
@@ -220,7 +220,7 @@ class MultiTokenLoss:
         return loss, values | {"loss": loss}
 
     def _placed(self, trained: Params) -> Params:
-        """A tree like what is trained, lying where that lies."""
+        """A tree like the trained one, placed alike."""
         table = adapter_table(self.model.g, self.shape)
         return unflatten_dict({w.path: place(leaf_at(trained, w.path), *w.axes) for w in table})
 

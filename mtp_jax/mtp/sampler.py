@@ -69,7 +69,7 @@ def read_latent(sampler: Params, z: Float[Array, "... D"]) -> Float[Array, "... 
 
 
 def parted(sampler: Params) -> Params:
-    """The weights with the first kernel's halves apart, so that a loop does not cut it anew in each step."""
+    """The weights with the first kernel already split in halves, so that a loop does not split it in every step."""
     return sampler | {"linear_0": sampler["linear_0"] | {"kernel": _halves(sampler)}}
 
 
