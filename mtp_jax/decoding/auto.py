@@ -1,6 +1,6 @@
 """The block plan with the most expected tokens per second on this machine, from a short calibration.
 
-It measures the cost of a step by its number of rows, and acceptance by depth; from both follows what any plan would give.
+It measures the cost of a step by its number of rows, and acceptance by depth; from both follows what any plan gives.
 The most promising ones are run, and the fastest of those is taken. The choice is kept on disk per model, adapter,
 batch, device and build of the forward pass.
 """
