@@ -68,7 +68,7 @@ def test_wheel_holds_the_licence(unpacked):
 
 def test_wheel_is_what_runs_outside_the_checkout(unpacked, tmp_path):
     program = (
-        "import mtp_jax; from importlib import resources; from mtp_jax.model.folder import bundled_models\n"
+        "import mtp_jax; from importlib import resources; from mtp_jax.locate import bundled_models\n"
         "print(mtp_jax.__file__, mtp_jax.__version__, resources.files('mtp_jax.bundled'), bundled_models(), sep='\\n')"
     )
     file, version, bundled, models = run_in(tmp_path, unpacked, "-c", program).splitlines()
