@@ -28,8 +28,8 @@ from mtp_jax.config import Checkpoints as CheckpointConfig
 from mtp_jax.data.pipeline import merge_states
 from mtp_jax.errors import FULL_DISK, UserError, warn
 from mtp_jax.runs import processes
-from mtp_jax.runs.manifest import MANIFEST, digests, fault_of, read_manifest, write_manifest
 from mtp_jax.runs.folder import RunFolder
+from mtp_jax.runs.manifest import MANIFEST, digests, fault_of, read_manifest, write_manifest
 
 State = TypeVar("State", bound=Any)  # a named tuple of trees, with a `step`
 

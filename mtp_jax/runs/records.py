@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl (deterministic), timing.jsonl, trackers on request, and its best step."""
+"""What a run records: metrics.jsonl (deterministic), timing.jsonl, trackers on request, and its best step."""
 
 import importlib.util
 import io

@@ -7,8 +7,8 @@ import numpy as np
 from conftest import read_lines
 from safetensors.numpy import load_file
 
-from mtp_jax.training import tasks
 from mtp_jax.runs.records import Best
+from mtp_jax.training import tasks
 
 
 def line(step, loss, **estimate):

@@ -16,8 +16,8 @@ from mtp_jax.config import Checkpoints as Section
 from mtp_jax.errors import UserError
 from mtp_jax.runs import checkpoints as module
 from mtp_jax.runs.checkpoints import Checkpoints
-from mtp_jax.training.program import abstract
 from mtp_jax.runs.folder import RunFolder
+from mtp_jax.training.program import abstract
 from mtp_jax.training.step import TrainState
 
 DISTURBED = Path(disturbed.__file__)
