@@ -84,7 +84,7 @@ class Lora(_Section):
 
 
 class TermWeights(_Section):
-    """Weights of the loss terms; 0 removes one."""
+    """Weights of the loss terms; with `lcm: 0` that term is not computed."""
 
     base: float = Field(default=1.0, ge=0)
     sampler: float = Field(default=1.0, ge=0)
