@@ -32,11 +32,11 @@ def choose_drafts(
     short = sampler is not None and shortlist is not None and shortlist < V
     if scores is None and (sampler is None or short):
         scores = forward.logits(variables, latents)
-    ids = rows = read = None
+    ids = vectors = read = None
     if short:
         assert scores is not None and shortlist is not None
         ids = forward.candidates(scores, shortlist)
-        rows = forward.unembedded(variables, ids).astype(latents.dtype)
+        vectors = forward.unembedded(variables, ids).astype(latents.dtype)
     if sampler is not None:
         read = read_latent(sampler, latents)
     drawn = sampling is not None and sampling[0].sampled_drafts
@@ -50,10 +50,10 @@ def choose_drafts(
             assert read is not None
             embedding = forward.embedded(variables, previous)
             latent = sample_latent(sampler, form, embedding, latents[:, j], read[:, j])
-            if rows is None:
+            if vectors is None:
                 logits = forward.logits(variables, latent)
             else:
-                logits = jnp.einsum("bd,bcd->bc", latent, rows[:, j], preferred_element_type=jnp.float32)
+                logits = jnp.einsum("bd,bcd->bc", latent, vectors[:, j], preferred_element_type=jnp.float32)
         if drawn:
             assert sampling is not None
             kind, how, keys = sampling

@@ -1,7 +1,7 @@
 """The frozen base: a decoder of the Llama, Qwen2, Qwen3 and Mistral families as one pure function of its variables.
 
-One forward pass serves training (rows of packed documents, no cache), prefill (a chunk of prompt, cache) and
-decoding (a few rows, cache). It knows neither losses nor drafts.
+`__call__` and `masks` serve training: real rows, then blocks of mask rows that see them. `step` serves prefill and decoding:
+both kinds of rows at once, beside a cache. None knows losses or drafts.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,6 +59,7 @@ def step_rows(g: Geometry, start: Int[Array, " B"], real: int, masks: MaskRows |
     if masks is not None:
         positions = jnp.concatenate([positions, masks.anchors + masks.offsets], axis=1)
         reach = jnp.concatenate([reach, masks.anchors], axis=1)
+        # Numbered from 0: the floating block has number -1, which here means a real row.
         block, order = np.append(block, masks.blocks - masks.blocks.min()), np.append(order, masks.offsets)
     same = (block[:, None] == block) & (block >= 0) & (order[:, None] >= order)
     own = same | ((block < 0) & (positions[:, None, :] <= reach[..., None]))
