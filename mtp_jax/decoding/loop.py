@@ -75,8 +75,8 @@ class Decoding:
         """Prefill and steps until every sequence is done.
 
         Args:
-            slots: cache length S; at least P, and at least the largest limit + d + 1: a step writes d + 1 tokens, also of
-                finished sequences.
+            slots: cache length S; at least P, and at least the largest limit + d + 1: a step writes d + 1 tokens, for
+                finished sequences too.
         """
         state = self.prefill(variables, prompts, prompt_length, limits, slots, cache_dtype, how, keys)
         return self.advance(variables, state, limits, None, how)

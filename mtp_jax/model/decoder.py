@@ -1,7 +1,7 @@
 """The frozen base: a decoder of the Llama, Qwen2, Qwen3 and Mistral families as one pure function of its variables.
 
-`__call__` and `masks` serve training: real rows, then blocks of mask rows that see them. `step` serves prefill and decoding:
-both kinds of rows at once, beside a cache. None knows losses or drafts.
+`__call__` and `masks` serve training: real rows, then blocks of mask rows that see them. `step` serves prefill and
+decoding: both kinds of rows at once, beside a cache. None of them knows losses or drafts.
 """
 
 from collections.abc import Callable, Sequence

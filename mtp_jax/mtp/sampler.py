@@ -1,4 +1,7 @@
-"""The sampler head: corrects a mask row's latent for the token chosen just before (docs/how-it-works.md, section 5)."""
+"""The sampler head: corrects a mask row's latent for the token chosen just before (docs/how-it-works.md, section 5).
+
+It draws nothing: sampling is in `mtp_jax/decoding/sampling.py`.
+"""
 
 import flax.linen as nn
 import jax
