@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -80,9 +81,9 @@ def make_example(documents: tuple[tuple[str, ...], ...], count: int | None) -> E
 
 def targets(batch: dict[str, np.ndarray], masks: int) -> Targets:
     """Targets of every mask row of sequence 0, [G, M] each."""
-    blocks = blocks_of(batch["anchors"], batch["positions"], batch["segments"])
-    fields = (batch["tokens"], batch["labels"], batch["supervised"], batch["segments"])
-    found = jax.jit(targets_of, static_argnums=1)(blocks, masks, *fields)
+    names = ("anchors", "positions", "segments", "tokens", "labels", "supervised")
+    anchors, positions, segments, *of_rows = (jnp.asarray(batch[name]) for name in names)
+    found = jax.jit(targets_of, static_argnums=1)(blocks_of(anchors, positions, segments), masks, *of_rows, segments)
     return Targets(*(np.asarray(field)[0] for field in found))
 
 
@@ -116,7 +117,8 @@ def visibility_matrix(
     T, count = len(segments), len(anchors)
     everything = np.zeros((T + count * masks, T + count * masks), bool)
     # Real rows: the decoder's call for them takes no mask rows at all, so these columns stay empty.
-    everything[:T, :T] = visibility(positions[None], positions[None], segments[None], segments[None], window)[0]
+    at, of = jnp.asarray(positions)[None], jnp.asarray(segments)[None]
+    everything[:T, :T] = visibility(at, at, of, of, window)[0]
     everything[T:] = seen_by_masks(batch, masks, window).reshape(count * masks, -1)
     rows, order = [], []
     for i in range(T):

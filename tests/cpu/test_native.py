@@ -42,13 +42,13 @@ def normal(*shape):
 @pytest.mark.parametrize(("K", "widths"), [(64, [128]), (70, [101, 32, 7]), (5, [3])])
 def test_products_are_those_of_numpy(rows, K, widths):
     x, w = normal(rows, K), [normal(K, width) for width in widths]
-    got = jax.jit(times)(x, pack(*w))
+    got = jax.jit(times)(x, pack(*map(jnp.asarray, w)))
     assert np.abs(got - x.astype(float) @ np.concatenate(w, 1).astype(float)).max() < 1e-5 * K
 
 
 @needs_compiler
 def test_a_row_does_not_depend_on_the_rows_beside_it():
-    x, w = normal(25, 96), pack(normal(96, 200))
+    x, w = jnp.asarray(normal(25, 96)), pack(jnp.asarray(normal(96, 200)))
     whole = np.asarray(times(x, w))
     for rows in (1, 3, 8, 12, 17):
         assert (np.asarray(times(x[:rows], w)) == whole[:rows]).all()
@@ -57,8 +57,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
 @needs_compiler
 @pytest.mark.parametrize("rows", [1, 3, 14])
 def test_bfloat16_weights_are_kept_as_such_and_give_the_same_products(rows, monkeypatch):
-    w = np.asarray(jnp.asarray(normal(70, 101), jnp.bfloat16), np.float32)
-    x, halves = normal(rows, 70), pack(w)
+    w = jnp.asarray(normal(70, 101), jnp.bfloat16).astype(jnp.float32)
+    x, halves = jnp.asarray(normal(rows, 70)), pack(w)
     monkeypatch.setattr(native, "narrow", lambda x: x)
     whole = pack(w)
     assert (halves.panels.dtype, whole.panels.dtype) == (jnp.bfloat16, jnp.float32)
@@ -67,10 +67,10 @@ def test_bfloat16_weights_are_kept_as_such_and_give_the_same_products(rows, monk
 
 def test_only_what_rounds_to_itself_is_narrowed():
     exact = np.asarray([1.0, -0.0, 2.0**-140, 3e38, 0.33203125, np.inf], np.float32)
-    exact = np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float32)
+    exact = jnp.asarray(exact, jnp.bfloat16).astype(jnp.float32)
     assert narrow(exact).dtype == jnp.bfloat16
-    assert (np.asarray(narrow(exact), np.float32).view(np.int32) == exact.view(np.int32)).all()
-    assert narrow(np.append(exact, np.float32(1 / 3))).dtype == jnp.float32
+    assert (np.asarray(narrow(exact), np.float32).view(np.int32) == np.asarray(exact).view(np.int32)).all()
+    assert narrow(jnp.append(exact, jnp.float32(1 / 3))).dtype == jnp.float32
 
 
 BASE = {
@@ -118,11 +118,11 @@ class Step:
     def __call__(self, real=REAL, masks=True, first=False):
         g, draw = self.g, np.random.default_rng(1)
         cache = [LayerCache(*draw.normal(size=(2, B, g.K, S, g.H)).astype(np.float32)) for _ in range(g.L)]
-        tokens = draw.integers(0, g.V, (B, REAL))[:, :real]
-        start = np.asarray([0, 0] if first else [17, 9], np.int32)
+        tokens = jnp.asarray(draw.integers(0, g.V, (B, REAL))[:, :real])
+        start = jnp.asarray([0, 0] if first else [17, 9], jnp.int32)
         rows = MaskRows(
-            np.asarray(draw.normal(size=(5, g.D)), np.float32),
-            start[:, None] + np.asarray([[0, 0, 2, 2, 2], [1, 1, 1, 2, 2]]),
+            jnp.asarray(draw.normal(size=(5, g.D)), jnp.float32),
+            start[:, None] + jnp.asarray([[0, 0, 2, 2, 2], [1, 1, 1, 2, 2]]),
             np.asarray([1, 2, 1, 2, 3]),
             np.asarray([0, 0, 2, 2, 2]),
         )
@@ -190,14 +190,14 @@ def test_drafts_are_those_of_xla(form, B, M, D, C, kept, tied):
     params = init_params(g, jax.random.key(0))
     for name in ("embed", *(() if tied else ("unembed",))):
         params[name]["embedding"] = jnp.asarray(normal(g.V, D), kept).astype(jnp.float32)
-    z, first = normal(B, M, D), DRAW.integers(0, g.V, B).astype(np.int32)
+    z, first = jnp.asarray(normal(B, M, D)), jnp.asarray(DRAW.integers(0, g.V, B), jnp.int32)
     shape, model = AdapterShape(M, 8, 8.0, PROJECTIONS, form), Decoder(g, scanned=False)
     adapter = {"lora": {"layers": {}}, "mtp": {"masks": normal(M, D), "sampler": weights}}
 
     def drafts(forward):
         variables = forward.prepare(unstack_layers(jax.tree.map(jnp.copy, params)), adapter)
-        scores = forward.logits(variables, jnp.asarray(z))
-        chosen = jax.jit(lambda v: choose_drafts(forward, v, jnp.asarray(z), None, first, C, None)[0])(variables)
+        scores = forward.logits(variables, z)
+        chosen = jax.jit(lambda v: choose_drafts(forward, v, z, None, first, C, None)[0])(variables)
         return np.asarray(chosen), np.asarray(scores)
 
     (got, scores), (expected, theirs) = drafts(CpuForward(model, shape, "")), drafts(XlaForward(model, shape))

@@ -162,7 +162,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16(models, tmp_pa
     theirs = distance(reference(model.to(torch.bfloat16), tokens)[1], exact)
     g, params = models.load(tmp_path, dtype=jnp.bfloat16)
     decoder = Decoder(g, jnp.bfloat16)
-    latents, _ = decoder.apply({"params": params}, tokens, jnp.broadcast_to(jnp.arange(T), (B, T)))
+    latents, _ = decoder.apply({"params": params}, jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(T), (B, T)))
     assert distance(np.asarray(decoder.apply({"params": params}, latents, method="logits")), exact) < 1.25 * theirs
 
 
@@ -174,7 +174,7 @@ def test_remat_changes_no_value(models, tmp_path):
 
     def loss(params, remat):
         decoder = Decoder(g, remat=remat)
-        latents, _ = decoder.apply({"params": params}, tokens, jnp.broadcast_to(jnp.arange(T), (B, T)))
+        latents, _ = decoder.apply({"params": params}, jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(T), (B, T)))
         return jnp.mean(latents**3)
 
     plain = jax.jit(jax.grad(loss), static_argnums=1)(params, "none")

@@ -95,7 +95,7 @@ def test_what_a_cache_holds_beyond_a_row_is_not_seen(case):
     model = Decoder(g)
     cache = jax.tree.map(lambda a: jnp.full_like(a, 1e3), empty_cache(g, 2, LENGTH + 4, jnp.float32, stacked=True))
     with jax.default_matmul_precision("highest"):
-        latents, _, _ = model.apply({"params": params}, documents, jnp.zeros(2, int), cache, method="step")
+        latents, _, _ = model.apply({"params": params}, jnp.asarray(documents), jnp.zeros(2, int), cache, method="step")
         out = model.apply({"params": params}, latents, method="logits")
     assert worst(np.asarray(out), plain) <= CLOSE
 
@@ -106,9 +106,9 @@ def test_rows_of_a_batch_may_be_at_different_positions(case):
     begins = jnp.asarray([LENGTH - 4, 10])
     cache = empty_cache(g, 2, LENGTH, jnp.float32, stacked=True)
     with jax.default_matmul_precision("highest"):
-        _, _, cache = model.apply({"params": params}, documents, jnp.zeros(2, int), cache, method="step")
+        _, _, cache = model.apply({"params": params}, jnp.asarray(documents), jnp.zeros(2, int), cache, method="step")
         at = begins[:, None] + jnp.arange(3)
-        again = jnp.take_along_axis(documents, at, 1)
+        again = jnp.take_along_axis(jnp.asarray(documents), at, 1)
         latents, _, _ = model.apply({"params": params}, again, begins, cache, method="step")
         out = model.apply({"params": params}, latents, method="logits")
     assert worst(np.asarray(out), np.take_along_axis(plain, np.asarray(at)[..., None], 1)) <= CLOSE

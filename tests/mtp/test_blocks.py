@@ -1,5 +1,6 @@
 """Anchors and targets, against the definitions written out."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -63,8 +64,8 @@ def test_targets_follow_the_definition(M):
     supervised = (random.random(T) < 0.7)[None] & (segments > 0)
     positions = np.concatenate([np.arange(8), np.arange(9), np.zeros(3, int)])[None]
     anchors = np.array([[0, 3, 5, 6, 9, 14, -1]])
-    blocks = blocks_of(anchors, positions, segments)
-    of = targets_of(blocks, M, text[None, :-1], text[None, 1:], supervised, segments)
+    blocks = blocks_of(*map(jnp.asarray, (anchors, positions, segments)))
+    of = targets_of(blocks, M, *map(jnp.asarray, (text[None, :-1], text[None, 1:], supervised, segments)))
     members: dict[int, int] = {}
     for i in anchors[0][:-1]:
         for j in range(1, M + 1):

@@ -79,7 +79,7 @@ def test_equals_literal_packing(case, chunks):
         ((total, values), gradient), (z_real, z) = run(compute, adapter)
         literal = jax.value_and_grad(oracle.losses, has_aux=True)
         (their_total, (their_values, latents)), their_gradient = run(
-            lambda a: literal(a, params, g, shape, terms, batch), adapter
+            lambda a: literal(a, params, g, shape, terms, jax.tree.map(np.asarray, batch)), adapter
         )
     for b, theirs in enumerate(latents):
         text = batch["segments"][b] > 0  # what padding computes means nothing

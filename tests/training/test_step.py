@@ -90,7 +90,8 @@ def test_the_loss_is_the_mean_over_supervised_rows(g, params, reference):
     batch = random_batch(g.V)
     model = Decoder(g)
     with jax.default_matmul_precision("highest"):
-        latents, _ = model.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"])
+        rows = (jnp.asarray(batch[name]) for name in ("tokens", "positions", "segments"))
+        latents, _ = model.apply({"params": params}, *rows)
         logits = model.apply({"params": params}, latents, method="logits")
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
     right = np.asarray(logits.argmax(-1) == batch["labels"])
