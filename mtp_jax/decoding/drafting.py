@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from mtp_jax.decoding.forward import Forward, Variables
 from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, likeliest
-from mtp_jax.mtp.sampler import read_latent, sample_latent
+from mtp_jax.mtp.sampler import corrected_latent, read_latent
 
 
 def choose_drafts(
@@ -49,7 +49,7 @@ def choose_drafts(
         else:
             assert read is not None
             embedding = forward.embedded(variables, previous)
-            latent = sample_latent(sampler, form, embedding, latents[:, j], read[:, j])
+            latent = corrected_latent(sampler, form, embedding, latents[:, j], read[:, j])
             if vectors is None:
                 logits = forward.logits(variables, latent)
             else:

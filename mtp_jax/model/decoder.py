@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from mtp_jax.model.attention import Blocks, Keys, LayerCache, attend, attend_blocks, attend_rows, visibility
+from mtp_jax.model.attention import Blocks, LayerCache, RealRows, attend, attend_blocks, attend_rows, visibility
 from mtp_jax.model.chunks import map_chunks
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.kernels import flash, misfit
@@ -181,7 +181,7 @@ class Layer(nn.Module):
         cos: Float[Array, "B G M 1 half"],
         sin: Float[Array, "B G M 1 half"],
         blocks: Blocks,
-        keys: Keys,
+        keys: RealRows,
         window: Int[Array, ""] | None,
         real: LayerCache,
         chunk: int | None,
@@ -331,7 +331,7 @@ class Decoder(nn.Module):
         self,
         embeddings: Float[Array, "M D"],
         blocks: Blocks,
-        keys: Keys,
+        keys: RealRows,
         real: LayerCache,
         chunk: int | None = None,
     ) -> Float[Array, "B G M D"]:

@@ -45,7 +45,7 @@ def init_sampler(D: int, form: str, embedding_rms: Array, key: PRNGKeyArray) -> 
     }
 
 
-def sample_latent(
+def corrected_latent(
     sampler: Params,
     form: str,
     previous: Float[Array, "... D"],

@@ -15,7 +15,7 @@ from mtp_jax.model.decoder import Decoder, MaskRows
 from mtp_jax.model.folder import stored_tensors
 from mtp_jax.model.weights import unstack_layers
 from mtp_jax.mtp.adapter_folder import open_adapter
-from mtp_jax.mtp.sampler import sample_latent
+from mtp_jax.mtp.sampler import corrected_latent
 
 CASES = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -87,7 +87,7 @@ def test_draft_logits_are_those_of_jax(made):
         if shape.sampler == "none":
             return scores, scores
         embedding = forward.embedded(variables, jnp.asarray(previous))
-        latent = sample_latent(variables["mtp"]["sampler"], shape.sampler, embedding[:, None], block)
+        latent = corrected_latent(variables["mtp"]["sampler"], shape.sampler, embedding[:, None], block)
         return scores, forward.logits(variables, latent)
 
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
