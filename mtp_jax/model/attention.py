@@ -16,7 +16,7 @@ _SCORE_BYTES = 64 << 20
 
 
 class LayerCache(NamedTuple):
-    """RealRows and values of one layer, heads first: in a cache, slot s holds the token at position s."""
+    """Keys and values of one layer, heads first: in a cache, slot s holds the token at position s."""
 
     k: Float[Array, "B K S H"]
     v: Float[Array, "B K S H"]

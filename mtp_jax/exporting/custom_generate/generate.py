@@ -371,7 +371,7 @@ class Layout:
 
 
 class Cache:
-    """RealRows and values [B, K, slots, H] of every layer. The rows of a call may overwrite those of the call before."""
+    """Keys and values [B, K, slots, H] of every layer. The rows of a call may overwrite those of the call before."""
 
     def __init__(self, layers, slots):
         self.held, self.slots = [None] * layers, slots
