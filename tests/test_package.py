@@ -143,7 +143,7 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 
 
 def documented() -> dict[str, str]:
-    """RealRows of the tables of docs/configuration.md, and what stands in the column `default`."""
+    """Keys of the tables of docs/configuration.md, and what stands in the column `default`."""
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     return dict(re.findall(r"^\| `([\w.]+)` \| [^|]+ \| `?([^|`]+)`? \| [^|]+ \|$", text, re.MULTILINE))
 
