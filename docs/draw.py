@@ -25,7 +25,7 @@ from rich.text import Text
 from mtp_jax.api import load
 from mtp_jax.decoding.plan import quadratic
 from mtp_jax.decoding.show import PassWriter
-from mtp_jax.model.attention import Keys, LayerCache, attend_blocks, visibility
+from mtp_jax.model.attention import LayerCache, RealRows, attend_blocks, visibility
 from mtp_jax.mtp.blocks import Targets, blocks_of, choose_anchors, hash_positions, targets_of
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -102,7 +102,7 @@ def seen_by_masks(batch: dict[str, np.ndarray], masks: int, window: int | None =
     @jax.jit  # compiled once, instead of every small operation by itself
     def probe(batch: Any, real: LayerCache, own: tuple[jax.Array, jax.Array]) -> jax.Array:
         blocks = blocks_of(batch["anchors"], batch["positions"], batch["segments"])
-        keys = Keys(batch["positions"], batch["segments"])
+        keys = RealRows(batch["positions"], batch["segments"])
         return attend_blocks(own[0], own, real, blocks, keys, window, chunk=count)
 
     fields = {name: batch[name] for name in ("anchors", "positions", "segments")}

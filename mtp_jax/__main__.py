@@ -1,4 +1,4 @@
-"""`mtp-jax COMMAND ...`, which is `python -m mtp_jax.COMMAND ...`."""
+"""The console script `mtp-jax`: its first argument names a command of this package, the rest is passed on."""
 
 import importlib
 import sys

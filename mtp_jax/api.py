@@ -35,8 +35,8 @@ def load(
         mesh: spreads weights over its fsdp and tensor axes (`sharding.make_mesh`); by default all is on one device.
         shortlist: candidates of each mask row that the sampler head scores; None for all tokens.
     Raises:
-        UserError: a model or adapter that does not do, an adapter without gate, which changes the base's output, or a
-            plan that the adapter has too few masks for.
+        UserError: an unusable model or adapter, an adapter without gate, which changes the base's output, or a plan
+            that the adapter has too few masks for.
     """
     base = open_base(model)
     found = None if adapter is None else open_adapter(adapter, base)

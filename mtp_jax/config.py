@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
-# What a row of a dataset may be, best first, and our names of the columns that it takes.
+# What a record of a dataset may be, best first, and our names of the columns that it takes.
 FORMS = {"conversation": ("messages",), "completion": ("prompt", "completion"), "text": ("text",)}
 # How data files end, and what the `datasets` library calls their format.
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
@@ -54,7 +54,7 @@ class Source(_Section):
     split: str | None = None  # dataset: which part, "train" where it is null
     separator: str | None = None  # text: what parts a file into documents; without it a file is one document
     weight: float = Field(default=1.0, gt=0)  # share of the mixture, by documents
-    streaming: bool = False  # dataset: rows are read in order while training runs, and not stored
+    streaming: bool = False  # dataset: records are read in order while training runs, and not stored
     columns: dict[str, str] = {}  # dataset: from messages, prompt, completion or text to the dataset's own names
 
 
@@ -84,7 +84,7 @@ class Lora(_Section):
 
 
 class TermWeights(_Section):
-    """Weights of the loss terms; 0 removes one."""
+    """Weights of the loss terms; with `lcm: 0` that term is not computed."""
 
     base: float = Field(default=1.0, ge=0)
     sampler: float = Field(default=1.0, ge=0)
@@ -124,7 +124,7 @@ class Train(_Section):
 class Evaluation(_Section):
     every: int | None = Field(default=None, ge=1)  # steps; null for never
     batches: int | None = Field(default=None, ge=1)  # held-out batches per evaluation; null for all
-    # multi_token: tokens per step are estimated on so many held-out prompts of so many tokens, continued by so many
+    # multi_token: held-out prompts to estimate tokens per step on, their tokens, and the tokens they are continued by
     prompts: int = Field(default=16, ge=1)
     prompt_tokens: int = Field(default=64, ge=1)
     new_tokens: int = Field(default=128, ge=2)
@@ -258,11 +258,11 @@ def _dataset_faults(source: Any, key: str) -> list[str]:
             f"{', '.join(FORMATS)}, a glob of them, or a folder)."
         )
     if source.separator is not None:
-        faults.append(f"{key}.separator: the rows of a dataset are its documents, and nothing parts them.")
+        faults.append(f"{key}.separator: the records of a dataset are its documents; nothing splits them.")
     if source.streaming and "[" in (source.split or ""):
         faults.append(f"{key}.split: a part of a split cannot be streamed; name a whole split.")
     for ours in sorted(set(source.columns) - set(known)):
         faults.append(f"{key}.columns.{ours} is not one of our columns, which are {', '.join(known)}.")
     if len(forms := chosen_forms(source.columns)) > 1:
-        faults.append(f"{key}.columns: a row is one of {' or '.join(forms)}; name the columns of one alone.")
+        faults.append(f"{key}.columns: a record is one of {' or '.join(forms)}; name the columns of one alone.")
     return faults

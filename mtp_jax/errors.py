@@ -21,7 +21,7 @@ class UserError(Exception):
 
 
 class Unreachable(UserError):
-    """Something out of reach that may come back by itself: the same command may do later (EX_TEMPFAIL)."""
+    """A temporary failure, such as a lost process or an unreachable bucket: rerun the command (EX_TEMPFAIL)."""
 
     code = 75
 

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=float, metavar="SHARE", help="share held out by name (python-stdlib: 0.05)")
     parser.add_argument("--sequence-length", type=int, metavar="T", help="the model's context, at most 512, by default")
     parser.add_argument("--batch-size", type=int, default=4, metavar="B")
-    parser.add_argument("--batches", type=int, metavar="N", help="at most so many")
+    parser.add_argument("--batches", type=int, metavar="N", help="at most N; all by default")
     parser.add_argument(
         "--prompts", type=int, default=16, metavar="N", help="with --adapter: to estimate tokens per step on"
     )

@@ -109,7 +109,7 @@ def _print_all(
     from rich.text import Text
 
     from mtp_jax.decoding.plan import plain
-    from mtp_jax.decoding.show import PassWriter, speed_line
+    from mtp_jax.decoding.show import PassWriter, comparison, speed_line
 
     console = Console(highlight=False, soft_wrap=True)
     plan, size = generator.options.plan, a.batch_size
@@ -139,7 +139,8 @@ def _print_all(
         if not a.json:
             console.print(Text(speed_line(done[at:], str(plan)) + "\n", "green"))
     if a.compare:
-        _print_comparison(done, both, size, str(plan), sampling is not None, sys.stderr if a.json else sys.stdout)
+        for line in comparison(done, both, size, plan, sampling is not None):
+            print(line, file=sys.stderr if a.json else sys.stdout)
 
 
 def _timed(
@@ -152,24 +153,6 @@ def _timed(
         generator.complete(batch, a.max_new_tokens, a.batch_size, sampling, at)
         done += generator.complete(batch, a.max_new_tokens, a.batch_size, sampling, at)
     return done
-
-
-def _print_comparison(
-    drafted: "list[Completion]", plain: "list[Completion]", size: int, plan: str, sampled: bool, file: Any
-) -> None:
-    from mtp_jax.decoding.generator import tokens_per_step
-
-    def line(name: str, done: "list[Completion]") -> float:
-        rate = sum(len(c.token_ids) for c in done) / sum(c.prefill_seconds + c.seconds for c in done[::size])
-        print(f"{name:>16}: {rate:7.1f} tokens/s, {tokens_per_step(done):.2f} tokens per step", file=file)
-        return rate
-
-    before, after = line("without drafts", plain), line(plan, drafted)
-    same = sum(x.token_ids == y.token_ids for x, y in zip(drafted, plain, strict=True))
-    verdict = f"output identical: {same} of {len(plain)}"
-    if sampled:
-        verdict = "outputs are different draws from the same distribution"
-    print(f"{after / before:.2f}x as fast; {verdict}", file=file)
 
 
 def _record(generator: "Generator", done: "Completion") -> dict[str, Any]:

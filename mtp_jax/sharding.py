@@ -109,7 +109,7 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def optimizer_sharding(mesh: jax.sharding.Mesh, tx: optax.GradientTransformation, trained: Any, shardings: Any) -> Any:
-    """Optimizer state lies where the weights lie that it belongs to; the rest is replicated.
+    """Optimizer state is placed like the weights it belongs to; the rest is replicated.
 
     Left to itself jit would replicate the state on every device.
     """
@@ -138,7 +138,7 @@ def parts_of(*axes: str) -> int:
 def place(x: Array, *axes: str | None) -> Array:
     """`x`, spread by its logical axes; one that is None, or that the devices do not divide, is whole on each of them.
 
-    Said of a weight just before it is used, this makes the compiler gather weights, and not move activations instead.
+    Applied to a weight just before its use, this makes the compiler gather the weight instead of moving activations.
     """
     if jax.sharding.get_abstract_mesh().size <= 1:
         return x

@@ -1,6 +1,6 @@
 """Buckets (`gs://`) where a local path may stand: copies to read from, objects written whole, and exclusion.
 
-A bucket has no rename and no locks. An object appears whole or not at all, so whoever writes several writes last the
+A bucket has no rename and no locks. An object appears whole or not at all, so a writer of several writes last the
 one that says that they are all there. An object created only where there is none (generation-match) is a lock.
 """
 

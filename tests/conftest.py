@@ -300,7 +300,7 @@ def stories():
 
 @pytest.fixture
 def jsonl(tmp_path, monkeypatch):
-    """A function that writes rows to a .jsonl file and returns a source of it; nothing is cached outside this test."""
+    """A function that writes records to a .jsonl file and returns a source of it; its cache goes with the test."""
     import datasets
 
     from mtp_jax.config import Source

@@ -32,8 +32,7 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-Wall", "-Wextra", "-shared", "
 class Panels:
     """A matrix, or several side by side, as the C++ product takes it."""
 
-    # Float [P, in, W], or what JAX puts in an array's place. A matrix begins a panel of its own; its last is filled up.
-    panels: Any
+    panels: Any  # [P, in, W]: W columns each; a matrix begins one of its own, and its last is filled up
     ends: tuple[int, ...]  # the columns at which the matrices end
 
 

@@ -39,7 +39,7 @@ def anchors_of(config: Config) -> Anchors | None:
 
 
 class Batch(TypedDict):
-    """Packed sequences: `segments` numbers a sequence's documents from 1, 0 is padding; positions restart with each."""
+    """Packed sequences: `segments` numbers a sequence's pieces from 1, 0 is padding; positions restart with each."""
 
     tokens: np.ndarray  # [B, T] int32
     labels: np.ndarray  # [B, T] int32, the next token of the same document

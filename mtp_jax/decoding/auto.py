@@ -1,6 +1,6 @@
 """The block plan with the most expected tokens per second on this machine, from a short calibration.
 
-What a step of so many rows costs is measured, and the acceptance by depth; from both follows what any plan would give.
+It measures the cost of a step by its number of rows, and acceptance by depth; from both follows what any plan gives.
 The most promising ones are run, and the fastest of those is taken. The choice is kept on disk per model, adapter,
 batch, device and build of the forward pass.
 """
@@ -84,7 +84,7 @@ def choose_plan(
     The base head runs over real rows and then over one block, or over all rows at once, whichever takes less time.
 
     Args:
-        cache: folder of earlier choices; None to measure anew and keep nothing.
+        cache: folder of earlier choices; None to measure again and keep nothing.
     """
     assert generator.shape is not None
     kept = None if cache is None else Path(cache).expanduser() / f"{_identity(generator, batch_size)}.json"

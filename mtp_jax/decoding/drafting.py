@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from mtp_jax.decoding.forward import Forward, Variables
 from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, likeliest
-from mtp_jax.mtp.sampler import read_latent, sample_latent
+from mtp_jax.mtp.sampler import corrected_latent, read_latent
 
 
 def choose_drafts(
@@ -32,11 +32,11 @@ def choose_drafts(
     short = sampler is not None and shortlist is not None and shortlist < V
     if scores is None and (sampler is None or short):
         scores = forward.logits(variables, latents)
-    ids = rows = read = None
+    ids = vectors = read = None
     if short:
         assert scores is not None and shortlist is not None
         ids = forward.candidates(scores, shortlist)
-        rows = forward.unembedded(variables, ids).astype(latents.dtype)
+        vectors = forward.unembedded(variables, ids).astype(latents.dtype)
     if sampler is not None:
         read = read_latent(sampler, latents)
     drawn = sampling is not None and sampling[0].sampled_drafts
@@ -49,11 +49,11 @@ def choose_drafts(
         else:
             assert read is not None
             embedding = forward.embedded(variables, previous)
-            latent = sample_latent(sampler, form, embedding, latents[:, j], read[:, j])
-            if rows is None:
+            latent = corrected_latent(sampler, form, embedding, latents[:, j], read[:, j])
+            if vectors is None:
                 logits = forward.logits(variables, latent)
             else:
-                logits = jnp.einsum("bd,bcd->bc", latent, rows[:, j], preferred_element_type=jnp.float32)
+                logits = jnp.einsum("bd,bcd->bc", latent, vectors[:, j], preferred_element_type=jnp.float32)
         if drawn:
             assert sampling is not None
             kind, how, keys = sampling

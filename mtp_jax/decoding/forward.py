@@ -29,7 +29,7 @@ class Forward(Protocol):
 
     @property
     def model(self) -> Decoder:
-        """Whose layers are not scanned, where weights come from `prepare`."""
+        """The decoder; with weights from `prepare`, one whose layers are not scanned."""
 
     @property
     def shape(self) -> AdapterShape | None:
@@ -40,7 +40,7 @@ class Forward(Protocol):
         """What its speed depends on beside the versions of this package and JAX."""
 
     def prepare(self, params: Params, adapter: Params | None) -> Variables:
-        """Weights as the other methods take them, from unstacked ones, whose dicts may be changed."""
+        """Weights as the other methods take them, from unstacked `params`, which are consumed."""
 
     def rows(
         self,

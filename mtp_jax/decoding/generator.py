@@ -165,10 +165,10 @@ class Generator:
         lengths = np.array([len(ids) for ids in prompts] + [1] * (batch_size - len(prompts)), np.int32)
         width = _bucket(int(lengths.max()), self.g.max_positions)
         ids = np.zeros((batch_size, width), np.int32)
-        for row, prompt in zip(ids, prompts, strict=False):
-            row[: len(prompt)] = prompt
+        for into, prompt in zip(ids, prompts, strict=False):
+            into[: len(prompt)] = prompt
         limit = np.minimum(lengths + max_new_tokens, self.g.max_positions)
-        limit[len(prompts) :] = 0  # rows that only fill the batch
+        limit[len(prompts) :] = 0  # sequences that only fill the batch
         slots = width + _bucket(max_new_tokens, self.g.max_positions)
         limits = Limits(jnp.asarray(limit), jnp.asarray(self.stops, jnp.int32))
         how, keys = None, _keys(0, number, batch_size)

@@ -28,7 +28,7 @@ PREFILL_CHUNK = 512
 class DecodeState(NamedTuple):
     """What the loop carries. A sequence's newest token is in `tokens` but not yet in the cache."""
 
-    tokens: Int[Array, "B S"]  # prompt, then emitted tokens; what lies beyond `length` means nothing
+    tokens: Int[Array, "B S"]  # prompt, then emitted tokens; what is beyond `length` has no meaning
     emitted_by: Int[Array, "B S"]  # the step that emitted each token; 0 for prefill
     length: Int[Array, " B"]  # verified tokens of each sequence, prompt included
     done: Bool[Array, " B"]  # a stop id was emitted or the limit reached; the sequence changes no more
@@ -75,7 +75,8 @@ class Decoding:
         """Prefill and steps until every sequence is done.
 
         Args:
-            slots: cache length S; at least P, and at least the largest limit and the plan's drafts.
+            slots: cache length S; at least P, and at least the largest limit + d + 1: a step writes d + 1 tokens, for
+                finished sequences too.
         """
         state = self.prefill(variables, prompts, prompt_length, limits, slots, cache_dtype, how, keys)
         return self.advance(variables, state, limits, None, how)
@@ -161,7 +162,7 @@ class Decoding:
         return _emit(state, empty, zeros, token, limits)
 
     def step(self, variables: Variables, state: DecodeState, limits: Limits, how: Tempering | None) -> DecodeState:
-        """Verify the drafts, emit what is accepted and the base model's token behind it, and draft anew."""
+        """Verify the drafts, emit what is accepted and the base model's token behind it, and draft again."""
         plan, d = self.plan, self.plan.drafts
         B = len(state.length)
         newest = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
@@ -243,7 +244,7 @@ def _emit(
     room = limits.length - state.length
     count = jnp.minimum(jnp.minimum(accepted + 1, until_stop), room)
     count = jnp.where(state.done, 0, count)
-    # Written whole; what lies beyond the new length means nothing.
+    # Written whole: what is beyond the new length has no meaning.
     write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
     steps = jnp.broadcast_to(state.steps[:, None], run.shape)
     length = state.length + count

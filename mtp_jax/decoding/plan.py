@@ -21,6 +21,10 @@ class BlockPlan:
     masks: tuple[int, ...]  # behind each real row; there is one real row more than there are drafts
     floating: int = 0  # masks of the block behind the last valid draft
 
+    def __post_init__(self) -> None:
+        if self.floating and any(self.masks):
+            raise ValueError("a plan has blocks behind its real rows, or one that floats, not both")
+
     @property
     def drafts(self) -> int:
         """How many drafts a step verifies."""

@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.api import load
+import jax.numpy as jnp
+
+from mtp_jax.api import generator as generator_of
 from mtp_jax.data.prompts import read_prompts
 from mtp_jax.decoding.generator import tokens_per_step
+from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import parse_plan
 from mtp_jax.errors import UserError
 from mtp_jax.exporting.source import Source
@@ -27,8 +30,9 @@ def measure(source: Source, files: list[str]) -> dict[str, Any]:
         if (domain := Path(file).stem) in prompts:
             raise UserError(f"--prompts {file}: another file is named {domain} too; a file's name is its domain's.")
         prompts[domain] = file, read_prompts(file)[:PROMPTS]
-    generator = load(str(source.base.folder), adapter=str(source.adapter.folder), dtype=_DTYPE)
-    plans = [plan for plan in map(parse_plan, PLANS) if plan.block <= source.adapter.shape.masks]
+    shape = source.adapter.shape
+    generator = generator_of(source.base, Options(), jnp.dtype(_DTYPE), (shape, source.adapter.arrays))
+    plans = [plan for plan in map(parse_plan, PLANS) if plan.block <= shape.masks]
     domains: dict[str, dict[str, float]] = {}
     for domain, (file, texts) in prompts.items():
         encoded = [generator.encode(text, file) for text in texts]

@@ -119,7 +119,7 @@ class Blocks(NamedTuple):
     segments: Int[Array, "B G"] | None = None  # document of the anchor; 0 for a block that only fills the array
 
 
-class Keys(NamedTuple):
+class RealRows(NamedTuple):
     """What blocks see of the real rows besides keys and values."""
 
     positions: Int[Array, "B S"]
@@ -131,7 +131,7 @@ def attend_blocks(
     own: tuple[Array, Array],
     real: LayerCache,
     blocks: Blocks,
-    keys: Keys,
+    keys: RealRows,
     window: Int[Array, ""] | int | None,
     chunk: int | None,
 ) -> Float[Array, "B G M N H"]:
@@ -156,7 +156,7 @@ def _attend_chunk(
     own: tuple[Array, Array],
     blocks: Blocks,
     real: LayerCache,
-    keys: Keys,
+    keys: RealRows,
     window: Int[Array, ""] | int | None,
 ) -> Float[Array, "B c M N H"]:
     B, c, M, N, H = q.shape

@@ -1,7 +1,7 @@
 """The frozen base: a decoder of the Llama, Qwen2, Qwen3 and Mistral families as one pure function of its variables.
 
-One forward pass serves training (rows of packed documents, no cache), prefill (a chunk of prompt, cache) and
-decoding (a few rows, cache). It knows neither losses nor drafts.
+`__call__` and `masks` serve training: real rows, then blocks of mask rows that see them. `step` serves prefill and
+decoding: both kinds of rows at once, beside a cache. None of them knows losses or drafts.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from mtp_jax.model.attention import Blocks, Keys, LayerCache, attend, attend_blocks, attend_rows, visibility
+from mtp_jax.model.attention import Blocks, LayerCache, RealRows, attend, attend_blocks, attend_rows, visibility
 from mtp_jax.model.chunks import map_chunks
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.kernels import flash, misfit
@@ -59,6 +59,7 @@ def step_rows(g: Geometry, start: Int[Array, " B"], real: int, masks: MaskRows |
     if masks is not None:
         positions = jnp.concatenate([positions, masks.anchors + masks.offsets], axis=1)
         reach = jnp.concatenate([reach, masks.anchors], axis=1)
+        # Numbered from 0: the floating block has number -1, which here means a real row.
         block, order = np.append(block, masks.blocks - masks.blocks.min()), np.append(order, masks.offsets)
     same = (block[:, None] == block) & (block >= 0) & (order[:, None] >= order)
     own = same | ((block < 0) & (positions[:, None, :] <= reach[..., None]))
@@ -180,7 +181,7 @@ class Layer(nn.Module):
         cos: Float[Array, "B G M 1 half"],
         sin: Float[Array, "B G M 1 half"],
         blocks: Blocks,
-        keys: Keys,
+        keys: RealRows,
         window: Int[Array, ""] | None,
         real: LayerCache,
         chunk: int | None,
@@ -330,7 +331,7 @@ class Decoder(nn.Module):
         self,
         embeddings: Float[Array, "M D"],
         blocks: Blocks,
-        keys: Keys,
+        keys: RealRows,
         real: LayerCache,
         chunk: int | None = None,
     ) -> Float[Array, "B G M D"]:
@@ -339,7 +340,7 @@ class Decoder(nn.Module):
         Args:
             embeddings: of the mask tokens m_1..m_M.
             blocks: the anchors; `keys` and `real` describe the real rows, as `__call__` kept them or in a cache.
-            chunk: how many blocks' attention scores exist at a time; so many as fit where it is None.
+            chunk: how many blocks' attention scores exist at a time; as many as fit by default.
         """
         g, M = self.g, embeddings.shape[0]
         m = jnp.broadcast_to(embeddings.astype(self.dtype), (*blocks.anchors.shape, M, g.D))

@@ -31,7 +31,7 @@ _READ_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor of a folder lies."""
+    """Where a tensor of a folder is stored."""
 
     file: Path
     shape: tuple[int, ...]
@@ -89,7 +89,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                     if key in found:
                         faults.append(f"{file}: {key} is also stored in {found[key].file.name}.")
                     elif weight_map is not None and weight_map.get(key) != file.name:
-                        faults.append(f"{file}: {key} lies here, but {INDEX} says {weight_map.get(key, 'nothing')}.")
+                        faults.append(f"{file}: {key} is stored, but {INDEX} says {weight_map.get(key, 'nothing')}.")
                     elif view.get_dtype() not in _DTYPES and not _BUFFERS.search(key):
                         faults.append(
                             f"{file}: {key} is {view.get_dtype()}, but weights must be float32, bfloat16 or float16; "

@@ -1,4 +1,4 @@
-"""Flash attention of the platform for real rows of whole sequences; whoever has none computes it by plain XLA.
+"""The platform's flash attention for real rows of whole sequences; other platforms use plain XLA.
 
 Mask rows stay with XLA (`attend_blocks`): the two parts of their softmax are joined through its total, and the kernels
 give that without a gradient.
@@ -23,7 +23,7 @@ _CUDNN_WIDTH = 128
 
 
 def misfit(kernel: str, rows: int, width: int, dtype: DTypeLike) -> str | None:
-    """Why a kernel does not take sequences of so many rows with heads so wide; None where it does."""
+    """Why a kernel cannot take sequences of `rows` rows with heads of this width; None where it can."""
     if kernel == "splash" and rows % _LANES:
         return f"takes sequences of a multiple of {_LANES} tokens, not {rows}"
     if kernel == "splash" and width % 64:

@@ -119,7 +119,7 @@ def unstack_layers(params: Params) -> Params:
     stacked = [((name, kind), leaf) for name, leaves in params["layers"].items() for kind, leaf in leaves.items()]
     for path, leaf in stacked:
         layers = list(leaf)
-        if isinstance(leaf.sharding, NamedSharding):  # a layer lies where its part of the stack lay
+        if isinstance(leaf.sharding, NamedSharding):  # a layer stays where its part of the stack was
             placed = NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
             layers = jax.device_put(layers, placed)
         items += [((f"layer_{i}", *path), layer) for i, layer in enumerate(layers)]

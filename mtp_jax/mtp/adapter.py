@@ -13,6 +13,8 @@ from mtp_jax.model.weights import Params, Weight
 from mtp_jax.mtp.lora import init_lora, lora_table, scaled
 from mtp_jax.mtp.sampler import init_sampler, sampler_table
 
+SAMPLERS = ("paper", "residual", "none")  # forms of the sampler head
+
 
 @dataclass(frozen=True)
 class AdapterShape:
@@ -22,7 +24,7 @@ class AdapterShape:
     rank: int  # R
     alpha: float
     targets: tuple[str, ...]
-    sampler: str  # "paper", "residual" or "none"
+    sampler: str  # one of SAMPLERS
     gated: bool = True
 
     @property

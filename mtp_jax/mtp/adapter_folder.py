@@ -22,7 +22,7 @@ from mtp_jax.model.folder import read_json
 from mtp_jax.model.folder_writer import on_host, whole_or_absent
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import PROJECTIONS, Params, leaf_at
-from mtp_jax.mtp.adapter import AdapterShape, adapter_table
+from mtp_jax.mtp.adapter import SAMPLERS, AdapterShape, adapter_table
 from mtp_jax.storage import local
 
 CONFIG, TENSORS = "mtp_config.json", "adapter.safetensors"
@@ -141,6 +141,8 @@ def read_shape(folder: Path) -> AdapterShape:
         raise UserError(f"{where}: not a complete adapter config ({error!r}).") from error
     if shape.masks < 1 or shape.rank < 1 or set(shape.targets) - set(PROJECTIONS):
         raise UserError(f"{where}: masks and rank must be at least 1, and targets among {', '.join(PROJECTIONS)}.")
+    if shape.sampler not in SAMPLERS:
+        raise UserError(f"{where}: sampler {shape.sampler!r} is unknown; it should be one of {', '.join(SAMPLERS)}.")
     return shape
 
 

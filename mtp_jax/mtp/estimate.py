@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from mtp_jax.model.attention import Blocks, Keys
+from mtp_jax.model.attention import Blocks, RealRows
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import Params
 from mtp_jax.mtp.adapter import AdapterShape, with_adapter
-from mtp_jax.mtp.sampler import sample_latent
+from mtp_jax.mtp.sampler import corrected_latent
 
 
 class Continuations(NamedTuple):
@@ -46,7 +46,7 @@ class Estimator:
         _, kept = self.model.apply(variables, of.tokens, positions, segments, adapted=adapted, keep=True)
         blocks = Blocks(positions, positions, segments)
         masks = trained["mtp"]["masks"]
-        z = self.model.apply(variables, masks, blocks, Keys(positions, segments), kept, method="masks")
+        z = self.model.apply(variables, masks, blocks, RealRows(positions, segments), kept, method="masks")
         # The token after row i is known; draft j is to be token i+1+j.
         ahead = jnp.minimum(positions[..., None] + 1 + jnp.arange(M + 1), S - 1)
         following = jnp.take_along_axis(of.tokens, ahead.reshape(B, -1), axis=1).reshape(B, S, M + 1)
@@ -60,7 +60,7 @@ class Estimator:
                 latent = z[j]
                 if sampler is not None:
                     embedding = self.model.apply(variables, previous, method="embeddings")
-                    latent = sample_latent(sampler, self.shape.sampler, embedding, latent)
+                    latent = corrected_latent(sampler, self.shape.sampler, embedding, latent)
                 previous = jnp.argmax(self.model.apply(variables, latent, method="logits"))
                 drafts.append(previous)
             right = (jnp.stack(drafts) == following[1:]) & exists[1:]

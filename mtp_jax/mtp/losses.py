@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int
 
-from mtp_jax.model.attention import Blocks, Keys, LayerCache
+from mtp_jax.model.attention import Blocks, LayerCache, RealRows
 from mtp_jax.model.chunks import cut, over_chunks, sum_over_chunks
 from mtp_jax.model.decoder import Decoder, head
 from mtp_jax.model.weights import Params, leaf_at
 from mtp_jax.mtp.accumulation import accumulated
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table, with_adapter
 from mtp_jax.mtp.blocks import Targets, blocks_of, targets_of
-from mtp_jax.mtp.sampler import sample_latent
+from mtp_jax.mtp.sampler import corrected_latent
 from mtp_jax.mtp.vocabulary import cross_entropy, divergence, rows_at_a_time
 from mtp_jax.sharding import place
 
@@ -39,7 +39,7 @@ class LossTerms:
 class Context(NamedTuple):
     """What mask rows see of the real rows, and are compared with."""
 
-    keys: Keys
+    keys: RealRows
     kept: LayerCache | None  # keys and values, stacked by layer
     latents: Float[Array, "B T D"]
     choice: Int[Array, "B T"]  # the base model's, of the next token
@@ -54,22 +54,8 @@ class MultiTokenLoss:
     shape: AdapterShape
     terms: LossTerms
     loss_chunk: int  # rows of each device whose logits exist at a time
-    attention_chunk: int | None = None  # blocks whose attention scores exist at a time; None for so many as fit
+    attention_chunk: int | None = None  # blocks whose attention scores exist at a time; None for as many as fit
     anchor_chunk: int | None = None  # blocks of a sequence that exist at a time; None for all; needs the gate
-
-    def totals(self, batch: Any) -> Sums:
-        """What sums over a whole batch are divided by."""
-        targets = self._targets(batch)[1]
-        counted = self._counted(targets)
-        labelled_real = jnp.sum(batch["supervised"])
-        totals = {
-            "mask_rows": jnp.sum(counted * self._static_weights()),
-            "offsets": jnp.sum(targets.exists, axis=(0, 1)),
-            "lcm": jnp.sum(targets.share),  # the shares of one position add up to 1
-            "real_rows": labelled_real,
-            "all_rows": labelled_real + jnp.sum(counted * self._static_weights()),
-        }
-        return {name: value.astype(jnp.float32) for name, value in totals.items()}
 
     def loss(
         self, trained: Params, frozen: Params, part: Any, totals: Sums, step: Int[Array, ""]
@@ -79,8 +65,101 @@ class MultiTokenLoss:
             return self.values(self.sums(trained, frozen, part, step), totals)
         return self._in_chunks(trained, frozen, part, totals, step)
 
+    def sums(self, trained: Params, frozen: Params, batch: Any, step: Int[Array, ""]) -> Sums:
+        """Every term summed over the rows it runs over."""
+        context, sums = self.real(trained, frozen, batch)
+        blocks, targets = self._targets(batch)
+        return sums | self.masks(trained, frozen, context, blocks, targets, step)
+
+    def real(self, trained: Params, frozen: Params, batch: Any) -> tuple[Context, Sums]:
+        """What mask rows need to know of the real rows, and the terms summed over real rows."""
+        gated, t = self.shape.gated, self.terms
+        base = {"params": frozen["params"]}
+        variables = base if gated else with_adapter(frozen["params"], trained, self.shape)
+        fields = batch["tokens"], batch["positions"], batch["segments"]
+        z_real, kept = self.model.apply(variables, *fields, adapted=not gated, keep=True)
+        # Gathered once for all chunks of rows.
+        table = place(self.model.apply(base, method="unembedding"), "vocab", None)
+        sampler = trained["mtp"].get("sampler")
+
+        def over_rows(rows: Any) -> tuple[Sums, Array]:
+            latents, tokens, labels, counted = rows
+            scores = head(latents, table)
+            choice = jnp.argmax(scores, axis=-1)
+            sums = {
+                "real": jnp.sum(cross_entropy(scores, labels) * counted),
+                "real_right": jnp.sum((choice == labels) & counted).astype(jnp.float32),
+            }
+            if t.sampler_on_real and sampler is not None:
+                corrected = self._corrected(sampler, frozen, tokens, latents)
+                sums["sampler_real"] = jnp.sum(cross_entropy(head(corrected, table), labels) * counted)
+            return sums, choice
+
+        rows = (z_real, batch["tokens"], batch["labels"], batch["supervised"])
+        sums, choice = over_chunks(over_rows, rows, rows_at_a_time(self.loss_chunk, len(z_real)))
+        # Targets taken from the base model are constants, also where standard LoRA moves the real rows.
+        return Context(RealRows(*fields[1:]), kept, jax.lax.stop_gradient(z_real), choice, table), sums
+
+    def latents(self, trained: Params, frozen: Params, context: Context, blocks: Blocks) -> Float[Array, "B G M D"]:
+        """Latents of mask rows."""
+        variables, embeddings = with_adapter(frozen["params"], trained, self.shape), trained["mtp"]["masks"]
+        return self.model.apply(
+            variables, embeddings, blocks, context.keys, context.kept, self.attention_chunk, method="masks"
+        )
+
+    def masks(
+        self,
+        trained: Params,
+        frozen: Params,
+        context: Context,
+        blocks: Blocks,
+        targets: Targets,
+        step: Int[Array, ""],
+    ) -> Sums:
+        """The terms summed over the mask rows of blocks."""
+        sampler, t = trained["mtp"].get("sampler"), self.terms
+        z = self.latents(trained, frozen, context, blocks)
+        choice, table = context.choice, context.table
+
+        def over_blocks(rows: tuple[Array, Targets]) -> Sums:
+            latents, of = rows
+            flat = of.row.reshape(len(of.row), -1)
+            real = jnp.take_along_axis(context.latents, flat[..., None], axis=1).reshape(latents.shape)
+            chosen = jnp.take_along_axis(choice, flat, axis=1).reshape(of.row.shape)
+            base = head(real, table) if t.target in ("base_soft", "total_variation") else None
+            row_weights = self._counted(of) * self._static_weights()
+
+            def term(scores: Array) -> tuple[Array, Array]:
+                loss, acceptance = self._row_loss(scores, of, chosen, base, step)
+                weights = row_weights
+                if t.offset_weights == "expected_length":
+                    # How likely the chain reaches this offset: what it adds to the expected accepted length.
+                    reached = jnp.cumprod(jax.lax.stop_gradient(acceptance) * of.exists, axis=-1)
+                    weights = row_weights * jnp.roll(reached, 1, axis=-1).at[..., 0].set(1.0)
+                # The draft is the base model's choice where nothing scores higher: cheaper than an argmax on CPU.
+                right = jnp.take_along_axis(scores, chosen[..., None], axis=-1)[..., 0] >= jnp.max(scores, axis=-1)
+                agree = jnp.sum(right & of.exists, axis=(0, 1)).astype(jnp.float32)
+                return jnp.sum(loss * weights), agree
+
+            sums: Sums = {}
+            sums["base"], sums["agree_base"] = term(head(latents, table))
+            if sampler is not None:
+                sums["sampler"], sums["agree_sampler"] = term(
+                    head(self._corrected(sampler, frozen, of.previous, latents), table)
+                )
+            if t.lcm_weight:
+                gap = (real - latents).astype(jnp.float32)
+                sums["lcm"] = jnp.sum(jnp.mean(gap * gap, axis=-1) * of.share)
+            return sums
+
+        chunk = rows_at_a_time(max(1, self.loss_chunk // self.shape.masks), len(z))
+        return sum_over_chunks(over_blocks, (z, targets), chunk)
+
     def values(self, sums: dict[str, Any], totals: dict[str, Any]) -> tuple[Float[Array, ""], Sums]:
-        """The total loss and every figure, from sums and totals: arrays here, or numbers on the host."""
+        """The total loss and every figure, from sums and totals; linear in the sums, which `_in_chunks` relies on.
+
+        Both may also be NumPy's, added up on the host.
+        """
         totals = {name: jnp.maximum(value, 1) for name, value in totals.items()}
         t, real, masks = self.terms, totals["real_rows"], totals["mask_rows"]
         values = {
@@ -106,95 +185,19 @@ class MultiTokenLoss:
             total = total + t.lcm_weight * values["lcm_loss"]
         return total, {"loss": total, **values}
 
-    def real(self, trained: Params, frozen: Params, batch: Any) -> tuple[Context, Sums]:
-        """What mask rows need to know of the real rows, and the terms summed over real rows."""
-        gated, t = self.shape.gated, self.terms
-        base = {"params": frozen["params"]}
-        variables = base if gated else with_adapter(frozen["params"], trained, self.shape)
-        fields = batch["tokens"], batch["positions"], batch["segments"]
-        z_real, kept = self.model.apply(variables, *fields, adapted=not gated, keep=True)
-        # Gathered once for all chunks of rows.
-        table = place(self.model.apply(base, method="unembedding"), "vocab", None)
-        sampler = trained["mtp"].get("sampler")
-
-        def real(rows: Any) -> tuple[Sums, Array]:
-            latents, tokens, labels, counted = rows
-            scores = head(latents, table)
-            choice = jnp.argmax(scores, axis=-1)
-            sums = {
-                "real": jnp.sum(cross_entropy(scores, labels) * counted),
-                "real_right": jnp.sum((choice == labels) & counted).astype(jnp.float32),
-            }
-            if t.sampler_on_real and sampler is not None:
-                corrected = self._sampled(sampler, frozen, tokens, latents)
-                sums["sampler_real"] = jnp.sum(cross_entropy(head(corrected, table), labels) * counted)
-            return sums, choice
-
-        rows = (z_real, batch["tokens"], batch["labels"], batch["supervised"])
-        sums, choice = over_chunks(real, rows, rows_at_a_time(self.loss_chunk, len(z_real)))
-        # Targets taken from the base model are constants, also where standard LoRA moves the real rows.
-        return Context(Keys(*fields[1:]), kept, jax.lax.stop_gradient(z_real), choice, table), sums
-
-    def latents(self, trained: Params, frozen: Params, context: Context, blocks: Blocks) -> Float[Array, "B G M D"]:
-        """Latents of mask rows."""
-        variables, embeddings = with_adapter(frozen["params"], trained, self.shape), trained["mtp"]["masks"]
-        return self.model.apply(
-            variables, embeddings, blocks, context.keys, context.kept, self.attention_chunk, method="masks"
-        )
-
-    def masks(
-        self,
-        trained: Params,
-        frozen: Params,
-        context: Context,
-        blocks: Blocks,
-        targets: Targets,
-        step: Int[Array, ""],
-    ) -> Sums:
-        """The terms summed over the mask rows of blocks."""
-        sampler, t = trained["mtp"].get("sampler"), self.terms
-        z = self.latents(trained, frozen, context, blocks)
-        fixed, choice, table = context.latents, context.choice, context.table
-
-        def masks(rows: tuple[Array, Targets]) -> Sums:
-            latents, of = rows
-            flat = of.row.reshape(len(of.row), -1)
-            same = jnp.take_along_axis(fixed, flat[..., None], axis=1).reshape(latents.shape)
-            chosen = jnp.take_along_axis(choice, flat, axis=1).reshape(of.row.shape)
-            base = head(same, table) if t.target in ("base_soft", "total_variation") else None
-            counted = self._counted(of) * self._static_weights()
-
-            def term(scores: Array) -> tuple[Array, Array]:
-                loss, acceptance = self._row_loss(scores, of, chosen, base, step)
-                weights = counted
-                if t.offset_weights == "expected_length":
-                    # How likely the chain reaches this offset: what it adds to the expected accepted length.
-                    reached = jnp.cumprod(jax.lax.stop_gradient(acceptance) * of.exists, axis=-1)
-                    weights = counted * jnp.roll(reached, 1, axis=-1).at[..., 0].set(1.0)
-                # The draft is the base model's choice where nothing scores higher: cheaper than an argmax on CPU.
-                right = jnp.take_along_axis(scores, chosen[..., None], axis=-1)[..., 0] >= jnp.max(scores, axis=-1)
-                agree = jnp.sum(right & of.exists, axis=(0, 1)).astype(jnp.float32)
-                return jnp.sum(loss * weights), agree
-
-            sums: Sums = {}
-            sums["base"], sums["agree_base"] = term(head(latents, table))
-            if sampler is not None:
-                sums["sampler"], sums["agree_sampler"] = term(
-                    head(self._sampled(sampler, frozen, of.previous, latents), table)
-                )
-            if t.lcm_weight:
-                gap = (same - latents).astype(jnp.float32)
-                sums["lcm"] = jnp.sum(jnp.mean(gap * gap, axis=-1) * of.share)
-            return sums
-
-        chunk = rows_at_a_time(max(1, self.loss_chunk // self.shape.masks), len(z))
-        return sum_over_chunks(masks, (z, targets), chunk)
-
-    def sums(self, trained: Params, frozen: Params, batch: Any, step: Int[Array, ""]) -> Sums:
-        """Every term summed over the rows it runs over."""
-        context, sums = self.real(trained, frozen, batch)
-        blocks, targets = self._targets(batch)
-        return sums | self.masks(trained, frozen, context, blocks, targets, step)
+    def totals(self, batch: Any) -> Sums:
+        """What sums over a whole batch are divided by."""
+        targets = self._targets(batch)[1]
+        counted = self._counted(targets)
+        labelled_real = jnp.sum(batch["supervised"])
+        totals = {
+            "mask_rows": jnp.sum(counted * self._static_weights()),
+            "offsets": jnp.sum(targets.exists, axis=(0, 1)),
+            "lcm": jnp.sum(targets.share),  # the shares of one position add up to 1
+            "real_rows": labelled_real,
+            "all_rows": labelled_real + jnp.sum(counted * self._static_weights()),
+        }
+        return {name: value.astype(jnp.float32) for name, value in totals.items()}
 
     def _in_chunks(
         self, trained: Params, frozen: Params, batch: Any, totals: Sums, step: Int[Array, ""]
@@ -220,13 +223,13 @@ class MultiTokenLoss:
         return loss, values | {"loss": loss}
 
     def _placed(self, trained: Params) -> Params:
-        """A tree like what is trained, lying where that lies."""
+        """A tree like the trained one, placed alike."""
         table = adapter_table(self.model.g, self.shape)
         return unflatten_dict({w.path: place(leaf_at(trained, w.path), *w.axes) for w in table})
 
-    def _sampled(self, sampler: Params, frozen: Params, previous: Array, latents: Array) -> Array:
+    def _corrected(self, sampler: Params, frozen: Params, previous: Array, latents: Array) -> Array:
         embedding = self.model.apply({"params": frozen["params"]}, previous, method="embeddings")
-        return sample_latent(sampler, self.shape.sampler, embedding, latents)
+        return corrected_latent(sampler, self.shape.sampler, embedding, latents)
 
     def _row_loss(
         self, scores: Array, of: Targets, chosen: Array, base: Array | None, step: Array

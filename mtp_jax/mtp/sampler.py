@@ -1,4 +1,7 @@
-"""The sampler head: corrects a mask row's latent for the token chosen just before (docs/how-it-works.md, section 5)."""
+"""The sampler head: corrects a mask row's latent for the token chosen just before (docs/how-it-works.md, section 5).
+
+It draws nothing: sampling is in `mtp_jax/decoding/sampling.py`.
+"""
 
 import flax.linen as nn
 import jax
@@ -42,7 +45,7 @@ def init_sampler(D: int, form: str, embedding_rms: Array, key: PRNGKeyArray) -> 
     }
 
 
-def sample_latent(
+def corrected_latent(
     sampler: Params,
     form: str,
     previous: Float[Array, "... D"],
@@ -69,7 +72,7 @@ def read_latent(sampler: Params, z: Float[Array, "... D"]) -> Float[Array, "... 
 
 
 def parted(sampler: Params) -> Params:
-    """The weights with the first kernel's halves apart, so that a loop does not cut it anew in each step."""
+    """The weights with the first kernel already split in halves, so that a loop does not split it in every step."""
     return sampler | {"linear_0": sampler["linear_0"] | {"kernel": _halves(sampler)}}
 
 

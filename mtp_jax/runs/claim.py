@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from mtp_jax.config import Config
-from mtp_jax.config_file import dump
+from mtp_jax.config_file import dump, validate
 from mtp_jax.errors import FULL_DISK, UserError
 from mtp_jax.runs.folder import RunFolder
 from mtp_jax.storage import BucketLock
@@ -62,6 +62,8 @@ def _check_same_run(run: RunFolder, written: Path, config: Config) -> None:
             f"output_dir: {run.name(written)} is damaged; choose another output_dir, or delete this one to start "
             "afresh."
         )
+    with contextlib.suppress(UserError):  # keys that this version has and the run's did not take their defaults
+        before = validate(before, run.name(written)).model_dump()
     changed = [path for path in _changes(before, config.model_dump()) if path.split(".")[0] not in FREE]
     if changed:
         raise UserError(

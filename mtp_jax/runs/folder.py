@@ -49,7 +49,7 @@ class RunFolder:
     # ---- from the bucket
 
     def pull(self, path: Path, last: str = "") -> None:
-        """Download a file, or the missing files of a folder; nothing of a folder without its file `last`."""
+        """Download a file, or what is missing here of a folder; nothing of a folder that lacks its file `last`."""
         if self.bucket is None:
             return
         there = storage.listing(self.name(path))

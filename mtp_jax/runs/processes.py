@@ -273,8 +273,8 @@ class _Watch:
         for i, (_, last) in self.heard.items():
             if now - last > self.seconds:
                 fault = (
-                    f"process {i} of {self.count} is lost: it sent no heartbeat for {self.seconds:g} s. All others "
-                    "end; rerun the command in all processes to continue from the last checkpoint."
+                    f"process {i} of {self.count} is lost: no heartbeat for {self.seconds:g} s. All others end; "
+                    "rerun the command in all processes to continue from the last checkpoint."
                 )
                 self._say(LOST, (fault,), lost=i)
 

@@ -191,11 +191,11 @@ def test_texts_of_records_give_the_batches_of_text_files(jsonl, small_tokenizer,
     [
         ({"kind": "dataset"}, "data.sources.0: a dataset source takes exactly one of name"),
         ({"kind": "dataset", "name": "a/b", "path": "c"}, "data.sources.0: a dataset source takes exactly one of"),
-        ({"kind": "dataset", "name": "a/b", "separator": "x"}, "data.sources.0.separator: the rows"),
+        ({"kind": "dataset", "name": "a/b", "separator": "x"}, "data.sources.0.separator: the records"),
         ({"kind": "dataset", "name": "a/b", "columns": {"test": "x"}}, "data.sources.0.columns.test is not one"),
         (
             {"kind": "dataset", "name": "a/b", "columns": {"text": "x", "messages": "y"}},
-            "data.sources.0.columns: a row",
+            "data.sources.0.columns: a record",
         ),
         ({"kind": "text", "path": "a", "name": "a/b"}, "data.sources.0.name belongs to a dataset source"),
         ({"kind": "python-stdlib", "split": "test"}, "data.sources.0.split belongs to a dataset source"),

@@ -6,6 +6,10 @@ import shutil
 import pytest
 
 import mtp_jax
+from mtp_jax.decoding.generator import Completion
+from mtp_jax.decoding.plan import plain as plan
+from mtp_jax.decoding.plan import quadratic
+from mtp_jax.decoding.show import comparison
 
 PROMPTS = ["the cat", "the dog sat by", "on the mat"]
 
@@ -156,9 +160,25 @@ def test_streamed_text_is_the_text(command, small_folder):
     assert streamed.out.rsplit("[", 1)[0] == plain.out.rsplit("[", 1)[0]
 
 
-def test_comparison_says_both_speeds_and_whether_output_is_the_same(command, small_folder):
+def test_comparison_says_what_was_gained(command, small_folder):
     outcome = command("generate", "--model", small_folder, "--prompt", "the cat", "--max-new-tokens", 9, "--compare")
-    assert "output identical: 1 of 1" in outcome.out and outcome.out.count("tokens per step") == 2, outcome
+    assert "output: identical for 1 of 1 prompts" in outcome.out and "passes saved: 0%" in outcome.out, outcome
+    assert outcome.out.count("8 passes, 1.00 tokens per pass") == 2 and "Why slower" not in outcome.out
+
+
+def test_a_comparison_explains_where_drafts_do_not_pay_off():
+    plain = [Completion([1] * 9, [], 8, [8], 0.0, 8.0), Completion([2] * 9, [], 8, [8], 0.0, 8.0)]
+    drafted = [Completion([1] * 9, [], 4, [0, 4], 0.0, 12.0), Completion([3] * 9, [], 4, [0, 4], 0.0, 12.0)]
+    lines = comparison(drafted, plain, 1, quadratic(1), sampled=False)
+    assert "16 passes, 1.00 tokens per pass" in lines[0] and "8 passes, 2.00 tokens per pass" in lines[1]
+    assert lines[2:5] == [
+        "passes saved: 50%",
+        "output: identical for 1 of 2 prompts",
+        "wall-clock: 0.67x of decoding without drafts",
+    ]
+    assert "a pass of 4 rows takes 3.0 times as long" in lines[5] and "2.0 times as many passes" in lines[5]
+    assert "another draw" in comparison(drafted, plain, 2, quadratic(1), sampled=True)[3]
+    assert len(comparison(plain, plain, 1, plan(), sampled=False)) == 5
 
 
 def test_a_conversation_goes_on_with_what_was_said(command, small_folder, tmp_path, monkeypatch):

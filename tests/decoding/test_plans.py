@@ -51,3 +51,8 @@ def test_mask_rows_stand_behind_their_real_row():
 def test_plans_that_do_not_do_are_refused(name, says):
     with pytest.raises(UserError, match=says):
         parse_plan(name)
+
+
+def test_blocks_stand_behind_rows_or_float():
+    with pytest.raises(ValueError, match="not both"):
+        BlockPlan((1, 1), floating=1)

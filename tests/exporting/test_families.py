@@ -8,15 +8,14 @@ import torch
 from exported import export, exported_code, noisy_adapter
 from transformers import AutoModelForCausalLM
 
-from mtp_jax.decoding.generator import decoding_variables
-from mtp_jax.decoding.loop import Decoding
-from mtp_jax.decoding.plan import quadratic
+from mtp_jax.decoding.forward import XlaForward
 from mtp_jax.model.attention import empty_cache
 from mtp_jax.model.base import open_base
 from mtp_jax.model.decoder import Decoder, MaskRows
 from mtp_jax.model.folder import stored_tensors
+from mtp_jax.model.weights import unstack_layers
 from mtp_jax.mtp.adapter_folder import open_adapter
-from mtp_jax.mtp.sampler import sample_latent
+from mtp_jax.mtp.sampler import corrected_latent
 
 CASES = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -75,22 +74,21 @@ def test_draft_logits_are_those_of_jax(made):
     tokens, previous = np.array([PROMPTS[0]], np.int32), np.array([11])
 
     base = open_base(str(folder / "base"))
-    g, params = base.g, base.load(jnp.dtype("float32"))
-    read = open_adapter(str(folder / "out"), base).arrays
-    variables = decoding_variables(g, params, read, shape, jnp.dtype("float32"), kernels=False)
-    decoding = Decoding(Decoder(g, scanned=False), quadratic(M), shape.sampler)
+    g, params = base.g, unstack_layers(base.load(jnp.dtype("float32")))
+    forward = XlaForward(Decoder(g, scanned=False), shape, joined=False)
+    variables = forward.prepare(params, open_adapter(str(folder / "out"), base).arrays)
 
     def ours(variables):
         cache = empty_cache(g, 1, 32, jnp.float32, stacked=False)
-        anchors = np.full((1, M), len(PROMPTS[0]) - 1)
+        anchors = jnp.full((1, M), len(PROMPTS[0]) - 1)
         masks = MaskRows(variables["mtp"]["masks"], anchors, np.arange(1, M + 1), np.zeros(M, int))
-        _, block, _ = decoding._rows(variables, tokens, jnp.zeros(1, jnp.int32), cache, masks, True)
-        scores = decoding._logits(variables, block)
+        _, block, _ = forward.rows(variables, jnp.asarray(tokens), jnp.zeros(1, jnp.int32), cache, masks, True)
+        scores = forward.logits(variables, block)
         if shape.sampler == "none":
             return scores, scores
-        embedding = decoding.model.apply({"params": variables["params"]}, previous, method="embeddings")
-        latent = sample_latent(variables["mtp"]["sampler"], shape.sampler, embedding[:, None], block)
-        return scores, decoding._logits(variables, latent)
+        embedding = forward.embedded(variables, jnp.asarray(previous))
+        latent = corrected_latent(variables["mtp"]["sampler"], shape.sampler, embedding[:, None], block)
+        return scores, forward.logits(variables, latent)
 
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     with jax.default_matmul_precision("highest"):

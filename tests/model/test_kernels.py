@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.model.attention import Blocks, Keys, LayerCache, attend, attend_blocks, attend_rows, visibility
+from mtp_jax.model.attention import Blocks, LayerCache, RealRows, attend, attend_blocks, attend_rows, visibility
 from mtp_jax.model.kernels import misfit, splash
 
 
@@ -71,7 +71,7 @@ def test_scores_of_a_long_sequence_never_exist_all_at_once():
         return jnp.sum(attend_rows(q, real, visible))
 
     def masks(q, own, real, at):
-        seen = Keys(jnp.arange(T)[None], jnp.ones((B, T), jnp.int32))
+        seen = RealRows(jnp.arange(T)[None], jnp.ones((B, T), jnp.int32))
         return jnp.sum(attend_blocks(q, own, real, Blocks(at, at, jnp.ones_like(at)), seen, None, None))
 
     own = (of((B, G, M, K, H), jnp.float32),) * 2

@@ -115,6 +115,10 @@ def test_damage_is_one_clear_error(written):
     (out / TENSORS).write_bytes(data[:-10])
     with pytest.raises(UserError, match="damaged or truncated"):
         open_adapter(str(out), open_base(str(base)))
+    config = json.loads((out / CONFIG).read_text())
+    (out / CONFIG).write_text(json.dumps(config | {"sampler": "gru"}))
+    with pytest.raises(UserError, match="sampler 'gru' is unknown; it should be one of paper, residual, none"):
+        open_adapter(str(out), open_base(str(base)))
     (out / CONFIG).write_text("{}")
     with pytest.raises(UserError, match="format None is not 1"):
         open_adapter(str(out), open_base(str(base)))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -19,8 +20,10 @@ from mtp_jax.config_file import validate
 from mtp_jax.data.batches import Anchors, training_batches
 from mtp_jax.data.sources import read_sources
 from mtp_jax.errors import UserError
+from mtp_jax.model import base as model_base
 from mtp_jax.model.base import open_base
 from mtp_jax.model.decoder import Decoder
+from mtp_jax.mtp import adapter_folder
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
 from mtp_jax.mtp.adapter_folder import open_adapter
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
@@ -47,6 +50,26 @@ def adapter_tree(tree, base):
         "train": {**tree["train"], "anchors": 6},
         "evaluation": {"every": 4, "prompts": 3, "prompt_tokens": 8, "new_tokens": 12},
     }
+
+
+@pytest.fixture
+def openings(monkeypatch):
+    """How often a command read tensors and tokenizer of a base, and an adapter."""
+    counts = Counter()
+
+    def count(module, name):
+        call = getattr(module, name)
+
+        def counted(*arguments, **named):
+            counts[name] += 1
+            return call(*arguments, **named)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(model_base, "open_tensors")
+    count(model_base, "load_tokenizer")
+    count(adapter_folder, "read_shape")
+    return counts
 
 
 def test_a_run_trains_the_adapter_alone_and_writes_it(adapter_tree, base):
@@ -87,13 +110,15 @@ def test_the_base_does_not_move_unless_ungated(adapter_tree):
     assert len(set(moved)) == 3
 
 
-def test_an_adapter_can_be_trained_on(adapter_tree, base):
+def test_an_adapter_can_be_trained_on(adapter_tree, base, openings):
     first = Path(train(validate(adapter_tree, "tree")))
     tree = {**adapter_tree, "output_dir": adapter_tree["output_dir"] + "-more"}
     tree["model"] = {**tree["model"], "adapter": str(first)}
     tree["mtp"] = {"masks": 2}
     tree["train"] = {**tree["train"], "steps": 1, "warmup_steps": 0, "learning_rate": 1e-9}
+    openings.clear()
     more = Path(train(validate(tree, "tree")))
+    assert openings == {"open_tensors": 1, "load_tokenizer": 1, "read_shape": 1}
     assert open_adapter(str(more), open_base(str(base))).shape.masks == 2
     a, b = load_file(first / "adapter.safetensors"), load_file(more / "adapter.safetensors")
     assert np.allclose(a["mtp.masks"][:2], b["mtp.masks"], atol=1e-7)
@@ -268,17 +293,21 @@ def test_data_without_room_for_a_block_is_refused():
         _check_trainable({"anchors": np.full((2, 4), -1)}, None)
 
 
-def test_evaluate_reports_what_the_run_did(adapter_tree, command, base):
+def test_evaluate_reports_what_the_run_did(adapter_tree, command, base, openings):
     adapter_tree["evaluation"]["every"] = 12
     out = Path(train(validate(adapter_tree, "tree")))
     held = json.loads((out / "mtp_config.json").read_text())["training"]["held_out"]
     text = adapter_tree["data"]["sources"][0]["path"]
+    openings.clear()
     ended = command(
         "evaluate", "--model", base, "--adapter", out, "--text", text, "--held-out", 0.2,
         "--sequence-length", 32, "--batch-size", 4, "--json",
     )  # fmt: skip
     assert ended.code == 0, ended
+    assert openings == {"open_tensors": 1, "load_tokenizer": 1, "read_shape": 1}
     figures = json.loads(ended.out)
     assert figures["base_loss"] == pytest.approx(held["base_loss"], rel=0.2)  # other anchors, the same documents
+    short = command("evaluate", "--model", base, "--adapter", out, "--text", text, "--sequence-length", M)
+    assert short.code == 2 and len(short.errors) == 1 and "is shorter than a block" in short.errors[0], short
     table = command("evaluate", "--model", base, "--adapter", out, "--text", text, "--sequence-length", 32)
     assert "estimated tokens per step" in table.out and "agreement with the base model" in table.out
