@@ -25,7 +25,7 @@ def test_what_annotations_say_is_accepted():
         lambda: blocks_of(ROWS, ROWS, np.zeros((1, 4), np.int32)),
         lambda: angles(ROPE, ROWS.astype(jnp.float32)),
         lambda: rotate(jnp.ones((1, 4, 2, 4)), *angles(ROPE, ROWS[:, :3])),
-        lambda: Rope((1.0, "0.1")),
+        lambda: Rope(("0.1",)),
     ],
     ids=["rank", "unequal axes", "numpy", "dtype", "unequal leading axes", "a field of a dataclass"],
 )

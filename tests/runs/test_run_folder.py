@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import disturbed
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +84,10 @@ def test_a_run_killed_while_it_saves_resumes_elsewhere_from_the_bucket_alone(
 # ---- checkpoints
 
 
-class Counter:
+class Counter(grain.DatasetIterator):
+    def __next__(self):
+        raise StopIteration
+
     def get_state(self):
         return {"lanes": {"0": 1}}
 

@@ -5,6 +5,7 @@ import shutil
 import struct
 from pathlib import Path
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,11 +124,17 @@ def failing_save(monkeypatch, error):
     monkeypatch.setattr(checkpoints, "_commit", fail)
 
 
-class Nothing:
+class Nothing(grain.DatasetIterator):
     """An iterator of batches with nothing to remember."""
+
+    def __next__(self):
+        raise StopIteration
 
     def get_state(self):
         return {}
+
+    def set_state(self, state):
+        pass
 
 
 def something():
