@@ -155,8 +155,11 @@ class MultiTokenLoss:
         chunk = rows_at_a_time(max(1, self.loss_chunk // self.shape.masks), len(z))
         return sum_over_chunks(over_blocks, (z, targets), chunk)
 
-    def values(self, sums: Sums, totals: Sums) -> tuple[Float[Array, ""], Sums]:
-        """The total loss and every figure, from sums and totals; linear in the sums, which `_in_chunks` relies on."""
+    def values(self, sums: dict[str, Any], totals: dict[str, Any]) -> tuple[Float[Array, ""], Sums]:
+        """The total loss and every figure, from sums and totals; linear in the sums, which `_in_chunks` relies on.
+
+        Both may also be NumPy's, added up on the host.
+        """
         totals = {name: jnp.maximum(value, 1) for name, value in totals.items()}
         t, real, masks = self.terms, totals["real_rows"], totals["mask_rows"]
         values = {

@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -22,7 +23,7 @@ from mtp_jax.data.batches import (
     training_batches,
 )
 from mtp_jax.data.datasets import Stream
-from mtp_jax.data.documents import Documents, FileDocument
+from mtp_jax.data.documents import Document, Documents, FileDocument, Text
 from mtp_jax.data.packing import LaneState
 from mtp_jax.data.sources import source_documents
 from mtp_jax.data.tokens import Encoder
@@ -31,9 +32,12 @@ from mtp_jax.errors import UserError
 # ---- the order of documents
 
 
-class Named:
-    def __init__(self, name):
-        self.name = name
+@dataclass(frozen=True)
+class Named(Document):
+    name: str
+
+    def content(self):
+        return Text(self.name)
 
 
 def listed(count, name="a"):

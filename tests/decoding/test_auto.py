@@ -8,7 +8,7 @@ import pytest
 
 from mtp_jax.decoding import auto
 from mtp_jax.decoding.auto import candidates, choose_plan, expected_tokens, survival
-from mtp_jax.decoding.generator import Completion
+from mtp_jax.decoding.generator import Completion, Generator
 from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import linear, parse_plan, plain, quadratic
 
@@ -46,7 +46,7 @@ def test_candidates_fit_the_adapter():
             assert plan.block <= masks and parse_plan(str(plan)) == plan
 
 
-class Machine:
+class Machine(Generator):
     """Stands in for a generator: a step of r rows takes `cost(r)` seconds, drafts are right as SURVIVES says."""
 
     dtype, identity, options = "float32", "machine", Options()

@@ -131,9 +131,9 @@ def test_xla_alone_gives_the_same_tokens(small_folder, small):
 
 
 @pytest.mark.parametrize(("V", "count"), [(300, 32), (256, 64), (7, 6)])
-def test_candidates_are_the_likeliest_tokens(V, count):
+def test_candidates_are_the_likeliest_tokens(small, V, count):
     scores = np.random.default_rng(0).normal(size=(2, 3, V)).astype(np.float32)
-    found = np.asarray(XlaForward(None).candidates(jnp.asarray(scores), count))
+    found = np.asarray(XlaForward(small[0].forward.model).candidates(jnp.asarray(scores), count))
     for row, ids in zip(scores.reshape(-1, V), found.reshape(-1, count), strict=True):
         assert sorted(ids) == sorted(sorted(range(V), key=row.__getitem__)[-count:])
 
