@@ -69,7 +69,7 @@ def decode_by_hand(params, adapter, g, shape, prompt, new, masks):
 def test_estimate_is_what_a_decoder_reaches(sampler):
     g, shape = geometry(), dataclasses.replace(SHAPE, sampler=sampler)
     with jax.default_matmul_precision("highest"), jax.disable_jit(False):
-        params = noisy(init_params(g, jax.random.key(0)), jax.random.key(3), 0.05)
+        params = noisy(init_params(g, jax.random.key(0)), jax.random.key(4), 0.05)
         # A base that repeats itself, so that some drafts are right without training.
         params["unembed"]["embedding"] = params["embed"]["embedding"] * 4
         adapter = noisy(
