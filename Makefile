@@ -22,10 +22,18 @@ quickstart: $(VENV)/.plot ## train a multi-token predictor for the bundled model
 		--prompt "$$(printf '$(PROMPT)')" --max-new-tokens 64
 
 .PHONY: test
-test: $(VENV)/.test ## style checks and all tests that are not marked slow
+test: $(VENV)/.test ## style, types and all tests that are not marked slow
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy mtp_jax
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+.PHONY: check
+check: $(VENV)/.test ## style, types and the quickest tests, in a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy mtp_jax
+	$(BIN)/python -m pytest -m "quick and not slow" -n 2 --dist loadfile
 
 .PHONY: lint
 lint: $(VENV)/.dev ## style checks and types

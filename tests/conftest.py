@@ -1,13 +1,16 @@
 """Fixtures that several test folders share."""
 
+import atexit
 import copy
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,10 +23,21 @@ install_import_hook("mtp_jax", "checked.typechecked")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of torch wait for each other in a loop: on cores that other tests use too, tiny models take minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Programs are compiled once for all tests and the processes that they start, however soon that was done.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mtp_jax-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test reaches the network
 
 # Shells start what they run in the background with Ctrl-C ignored, and whoever inherits that cannot be tested with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quick: compiles next to nothing; part of `make check`")
+
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -68,9 +82,9 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
+def compiled():
     """A compilation cache that all runs of this session share."""
-    return tmp_path_factory.mktemp("compiled")
+    return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 @pytest.fixture(scope="session")
@@ -160,18 +174,17 @@ def command(monkeypatch, capfd):
 
 
 @pytest.fixture
-def start(compiled):
+def start():
     """A function that starts a command of mtp_jax as a process, by a script of one's own or plainly."""
     started = []
 
     def popen(module, *arguments, script=None, **environment):
-        quick = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
         process = subprocess.Popen(
             [sys.executable, *([*script, module] if script else ["-m", f"mtp_jax.{module}"]), *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **quick, **environment},
+            env={**os.environ, **environment},
         )
         started.append(process)
         return process

@@ -9,6 +9,8 @@ import yaml
 from mtp_jax.config_file import dump, load_config, validate
 from mtp_jax.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 GOOD = {
     "objective": "next_token",
     "output_dir": "out",

@@ -6,6 +6,8 @@ import pytest
 
 from mtp_jax.config_file import load_config
 
+pytestmark = pytest.mark.quick
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[1]
 METHOD = "docs/how-it-works.md"  # the page whose sections are cited by number
 SOURCES = ("mtp_jax", "benchmarks", "tests", "configs", "launch", "docs", ".github", ".ci")

@@ -9,6 +9,8 @@ import pytest
 
 from mtp_jax.errors import UserError, run_command
 
+pytestmark = pytest.mark.quick
+
 
 def raising(error):
     def main():

@@ -7,6 +7,8 @@ import pytest
 from mtp_jax import storage
 from mtp_jax.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 
 def test_a_local_path_stays_what_it_is(tmp_path):
     assert storage.local(str(tmp_path)) == tmp_path

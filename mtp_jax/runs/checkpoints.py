@@ -18,9 +18,8 @@ import sys
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
@@ -32,6 +31,17 @@ from mtp_jax.runs.folder import RunFolder
 from mtp_jax.runs.manifest import MANIFEST, digests, fault_of, read_manifest, write_manifest
 
 State = TypeVar("State", bound=Any)  # a named tuple of trees, with a `step`
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """Batches that can say where they are and go there."""
+
+    def get_state(self) -> Any:
+        """What JSON can hold."""
+
+    def set_state(self, state: Any) -> None:
+        """The inverse."""
 
 
 class Checkpoints:
@@ -118,7 +128,7 @@ class Checkpoints:
         self.run.drop(aside, MANIFEST)
         return aside
 
-    def restore(self, step: int, like: State, batches: grain.DatasetIterator | None = None) -> State:
+    def restore(self, step: int, like: State, batches: Resumable | None = None) -> State:
         """The state of a whole checkpoint, placed like `like` (shapes and shardings); `batches` is moved to its place.
 
         Raises:
@@ -146,7 +156,7 @@ class Checkpoints:
 
     # ---- saving
 
-    def save(self, state: Any, batches: grain.DatasetIterator, best: int | None = None) -> None:
+    def save(self, state: Any, batches: Resumable, best: int | None = None) -> None:
         """Start saving; the arrays are copied before this returns, so the state may be donated.
 
         Args:

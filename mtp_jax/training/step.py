@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from mtp_jax.config import Train
 
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Float[Array, "..."]]
 WEIGHTS_FINITE = "weights_finite"  # 1 where all weights are finite after the step; checked, not logged
 
 

@@ -12,6 +12,8 @@ from mtp_jax.data.documents import python_stdlib
 from mtp_jax.data.sources import source_documents
 from mtp_jax.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 
 def text(path, separator=None, **more):
     return Source(kind="text", path=str(path), separator=separator, **more)

@@ -12,6 +12,8 @@ from mtp_jax.data.held_out import held_out_batches, held_out_prompts
 from mtp_jax.data.sources import source_documents
 from mtp_jax.data.tokens import Encoder
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):

@@ -9,6 +9,8 @@ import pytest
 from mtp_jax.data.packing import Lane, LaneState, join, prepare
 from mtp_jax.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 T = 128
 
 

@@ -11,6 +11,8 @@ from mtp_jax.data.preview import survey_sequences, survey_sources
 from mtp_jax.data.sources import read_sources
 from mtp_jax.data.tokens import Encoder
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def tree(make_tree, tmp_path, small_folder):

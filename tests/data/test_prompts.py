@@ -7,6 +7,8 @@ import pytest
 from mtp_jax.data.prompts import read_prompts
 from mtp_jax.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 CHAT = [{"role": "user", "content": "hi"}]
 
 

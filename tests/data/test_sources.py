@@ -13,6 +13,8 @@ from mtp_jax.data.sources import check_supervision, read_sources, source_documen
 from mtp_jax.errors import UserError
 from mtp_jax.training.run import train
 
+pytestmark = pytest.mark.quick
+
 
 def text(path, separator=None, **more):
     return Source(kind="text", path=str(path), separator=separator, **more)

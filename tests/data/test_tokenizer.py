@@ -4,6 +4,8 @@ import pytest
 
 from mtp_jax.data.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 
+pytestmark = pytest.mark.quick
+
 ODD = [
     "",
     " ",

@@ -16,6 +16,8 @@ from mtp_jax.data.sources import source_documents
 from mtp_jax.data.tokenizer import train_tokenizer
 from mtp_jax.data.tokens import Encoder
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module")
 def trimming():

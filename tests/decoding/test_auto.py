@@ -12,6 +12,8 @@ from mtp_jax.decoding.generator import Completion, Generator
 from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import linear, parse_plan, plain, quadratic
 
+pytestmark = pytest.mark.quick
+
 SURVIVES = np.array([0.7, 0.45, 0.3, 0.2])
 
 

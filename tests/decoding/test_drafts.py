@@ -34,8 +34,8 @@ def noise(base, sampler="residual", scale=0.3):
     """An adapter full of noise."""
     shape = AdapterShape(M, 8, 16.0, PROJECTIONS, sampler)
     adapter = init_adapter(base.g, shape, base.load()["embed"]["embedding"], jax.random.key(1))
-    drawn = iter(jax.random.split(jax.random.key(2), 100))
-    return shape, jax.tree.map(lambda x: x + scale * jax.random.normal(next(drawn), x.shape), adapter)
+    draw = np.random.default_rng(2)  # not JAX, which would compile a program for each shape
+    return shape, jax.tree.map(lambda x: x + scale * draw.standard_normal(x.shape).astype(np.float32), adapter)
 
 
 def equipped(folder, dtype="float32", xla=False, options=None, **of_noise):

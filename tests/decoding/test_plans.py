@@ -6,6 +6,8 @@ import pytest
 from mtp_jax.decoding.plan import BlockPlan, linear, parse_plan, plain, quadratic
 from mtp_jax.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("name", "plan", "drafts", "block", "rows"),

@@ -48,8 +48,8 @@ def parts():
     params = init_params(g, jax.random.key(3))
     shape = AdapterShape(2, 4, 8.0, PROJECTIONS, "residual")
     adapter = init_adapter(g, shape, params["embed"]["embedding"], jax.random.key(4))
-    drawn = iter(jax.random.split(jax.random.key(5), 50))
-    adapter = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(drawn), x.shape), adapter)
+    draw = np.random.default_rng(5)
+    adapter = jax.tree.map(lambda x: x + 0.2 * draw.standard_normal(x.shape).astype(np.float32), adapter)
     return g, params, shape, adapter
 
 

@@ -1,5 +1,6 @@
 """The export command: what it writes, that it comes back, and what it refuses."""
 
+import inspect
 import json
 import os
 import signal
@@ -179,7 +180,7 @@ def test_a_run_of_next_token_exports_as_an_ordinary_model(command, finished, tmp
     assert model.items() <= listing(tmp_path / "out").items()
     assert set(listing(tmp_path / "out")) - set(model) == {"README.md"}
 
-    monkeypatch.setattr(folder_writer.write_tensors, "__defaults__", (40_000,))
+    monkeypatch.setattr(inspect.unwrap(folder_writer.write_tensors), "__defaults__", (40_000,))
     assert command("export", "--run", finished, "--out", tmp_path / "half", "--dtype", "bfloat16").code == 0
     assert len(set(read_json(tmp_path / "half" / INDEX)["weight_map"].values())) > 1
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "half", output_loading_info=True)
@@ -255,7 +256,7 @@ def adapted_logits(base, adapter, tokens):
     variables, model = with_adapter(opened.load(), found.arrays, found.shape), Decoder(opened.g)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     with jax.default_matmul_precision("highest"):
-        latents, _ = model.apply(variables, tokens, positions, adapted=True)
+        latents, _ = model.apply(variables, jnp.asarray(tokens), positions, adapted=True)
         return np.asarray(model.apply(variables, latents, method="logits"))
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from compiling import quickly
 from exported import export, exported_code, noisy_adapter
 from transformers import AutoModelForCausalLM
 
@@ -90,9 +91,8 @@ def test_draft_logits_are_those_of_jax(made):
         latent = corrected_latent(variables["mtp"]["sampler"], shape.sampler, embedding[:, None], block)
         return scores, forward.logits(variables, latent)
 
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     with jax.default_matmul_precision("highest"):
-        want = jax.jit(ours).lower(variables).compile(compiler_options=options)(variables)
+        want = quickly(ours, variables)
 
     code = exported_code()
     with torch.no_grad():

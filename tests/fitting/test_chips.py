@@ -7,6 +7,8 @@ import pytest
 from mtp_jax.errors import UserError
 from mtp_jax.fitting.chips import parse_topology, topology_devices
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("name", "says"),

@@ -6,6 +6,8 @@ import pytest
 
 from mtp_jax.fitting.compiled import Collective, array_bytes, bytes_by_kind, collectives, flops
 
+pytestmark = pytest.mark.quick
+
 HLO = """HloModule jit_step
 
 %add (x: f32[], y: f32[]) -> f32[] {

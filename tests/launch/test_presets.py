@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 ENV = Path(__file__).resolve().parents[2] / "launch/env.sh"
 TPU = """
 import os

@@ -13,6 +13,8 @@ from mtp_jax.errors import UserError
 from mtp_jax.model.folder import read_geometry
 from mtp_jax.model.geometry import FAMILIES, Geometry
 
+pytestmark = pytest.mark.quick
+
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 48,

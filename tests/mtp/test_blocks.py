@@ -6,6 +6,8 @@ import pytest
 
 from mtp_jax.mtp.blocks import blocks_of, choose_anchors, hash_positions, targets_of
 
+pytestmark = pytest.mark.quick
+
 T = 20
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from tiny import SHAPE, geometry, noisy, run
+from compiling import quickly
+from tiny import SHAPE, geometry, noisy
 
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import init_params
@@ -68,7 +69,7 @@ def decode_by_hand(params, adapter, g, shape, prompt, new, masks):
 def test_estimate_is_what_a_decoder_reaches(sampler):
     g, shape = geometry(), dataclasses.replace(SHAPE, sampler=sampler)
     with jax.default_matmul_precision("highest"), jax.disable_jit(False):
-        params = noisy(init_params(g, jax.random.key(0)), jax.random.key(3), 0.05)
+        params = noisy(init_params(g, jax.random.key(0)), jax.random.key(4), 0.05)
         # A base that repeats itself, so that some drafts are right without training.
         params["unembed"]["embedding"] = params["embed"]["embedding"] * 4
         adapter = noisy(
@@ -80,7 +81,7 @@ def test_estimate_is_what_a_decoder_reaches(sampler):
         for masks in (1, 3):
             tokens, steps = decode_by_hand(params, adapter, g, shape, prompt, NEW, masks)
             of = Continuations(np.array([tokens]), np.array([PROMPT]), np.array([len(tokens)]))
-            accepted = run(Estimator(Decoder(g), shape).accepted, adapter, {"params": params}, of)
+            accepted = quickly(Estimator(Decoder(g), shape).accepted, adapter, {"params": params}, of)
             assert walk(np.asarray(accepted)[0], PROMPT, len(tokens), masks) == (NEW - 1, steps)
             reached.append(steps)
         assert reached[1] < NEW - 1, "no draft was ever right: this compares nothing"

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from tiny import SHAPE, T, geometry, latents_of, make_batch, noisy, run
+from compiling import quickly
+from tiny import SHAPE, T, geometry, latents_of, make_batch, noisy
 
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import init_params
@@ -49,12 +50,20 @@ CASES = {
     ),
     "tied": ({"anchors": 4}, SHAPE, PAPER, {"tie_word_embeddings": True}),
     "biases": ({"anchors": 4}, SHAPE, PAPER, {"model_type": "qwen2"}),
+    "biases, tied and few targets": (
+        {"anchors": 4},
+        dataclasses.replace(SHAPE, targets=("q", "v")),
+        PAPER,
+        {"model_type": "qwen2", "tie_word_embeddings": True},
+    ),
 }
+# What another case holds as well, some of them together.
+HELD = ("sampled anchors", "packed documents", "few targets", "ungated soft", "tied", "biases")
 
 
 # Chunked where the shape of a case makes a difference to it.
 CHUNKED = ("all anchors", "padded anchors", "ungated", "sliding windows", "total variation")
-RUNS = [(case, WHOLE) for case in CASES] + [
+RUNS = [pytest.param(case, WHOLE, marks=pytest.mark.slow if case in HELD else ()) for case in CASES] + [
     pytest.param(case, PIECES, marks=() if case == "sliding windows" else pytest.mark.slow) for case in CHUNKED
 ]
 
@@ -76,9 +85,9 @@ def test_equals_literal_packing(case, chunks):
             share = lambda a: ours.loss(a, frozen, batch, totals, jnp.int32(0))  # noqa: E731
             return jax.value_and_grad(share, has_aux=True)(adapter), latents_of(ours, adapter, frozen, batch)
 
-        ((total, values), gradient), (z_real, z) = run(compute, adapter)
+        ((total, values), gradient), (z_real, z) = quickly(compute, adapter)
         literal = jax.value_and_grad(oracle.losses, has_aux=True)
-        (their_total, (their_values, latents)), their_gradient = run(
+        (their_total, (their_values, latents)), their_gradient = quickly(
             lambda a: literal(a, params, g, shape, terms, jax.tree.map(np.asarray, batch)), adapter
         )
     for b, theirs in enumerate(latents):

@@ -29,9 +29,9 @@ def geometry(**changes):
 
 
 def noisy(tree, key, scale):
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten([x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    """Normal noise on every leaf. NumPy draws it: in JAX each shape would be a program to compile."""
+    draw = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    return jax.tree.map(lambda x: x + scale * jnp.asarray(draw.standard_normal(x.shape), x.dtype), tree)
 
 
 def make_batch(anchors=None, documents=((12,), (12,)), prompt=0):
@@ -54,12 +54,6 @@ def make_batch(anchors=None, documents=((12,), (12,)), prompt=0):
     ]
     fields = {"positions": positions, "segments": segments, "supervised": supervised, "anchors": np.stack(chosen)}
     return jax.tree.map(jnp.asarray, {"tokens": text[:, :-1], "labels": text[:, 1:], **fields})
-
-
-def run(f, *arguments):
-    """Compile without optimising, which takes most of the time here, and call."""
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(f).lower(*arguments).compile(compiler_options=options)(*arguments)
 
 
 def latents_of(loss, adapter, frozen, batch):

@@ -6,6 +6,8 @@ import pytest
 
 from mtp_jax.runs.manifest import MANIFEST, digests, fault_of, write_manifest
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def checkpoint(tmp_path):

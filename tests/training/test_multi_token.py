@@ -38,9 +38,7 @@ def base(finished):
     return finished / "model"
 
 
-@pytest.fixture
-def adapter_tree(tree, base):
-    """The config of a tiny multi-token run."""
+def multi_token(tree, base):
     return {
         **tree,
         "objective": "multi_token",
@@ -50,6 +48,19 @@ def adapter_tree(tree, base):
         "train": {**tree["train"], "anchors": 6},
         "evaluation": {"every": 4, "prompts": 3, "prompt_tokens": 8, "new_tokens": 12},
     }
+
+
+@pytest.fixture
+def adapter_tree(tree, base):
+    """The config of a tiny multi-token run."""
+    return multi_token(tree, base)
+
+
+@pytest.fixture(scope="module")
+def trained(make_tree, base, tmp_path_factory):
+    """The adapter of such a run that ended undisturbed, and what its base held before; not to be changed."""
+    before, folder = listing(base), tmp_path_factory.mktemp("trained") / "run"
+    return Path(train(validate(multi_token(make_tree(folder), base), "tree"))), before
 
 
 @pytest.fixture
@@ -72,11 +83,10 @@ def openings(monkeypatch):
     return counts
 
 
-def test_a_run_trains_the_adapter_alone_and_writes_it(adapter_tree, base):
-    before = listing(base)
-    out = Path(train(validate(adapter_tree, "tree")))
-    run_dir = Path(adapter_tree["output_dir"])
-    assert out == run_dir / "adapter" and listing(base) == before
+def test_a_run_trains_the_adapter_alone_and_writes_it(trained, base):
+    out, before = trained
+    run_dir = out.parent
+    assert run_dir.name == "run" and out == run_dir / "adapter" and listing(base) == before
     opened = open_adapter(str(out), open_base(str(base)))
     shape, adapter = opened.shape, opened.arrays
     assert (shape.masks, shape.rank, shape.alpha, shape.gated) == (M, 4, 8.0, True)
@@ -100,8 +110,8 @@ def test_a_run_trains_the_adapter_alone_and_writes_it(adapter_tree, base):
     assert 3 * count <= sum(np.size(leaf) for leaf in jax.tree.leaves(saved)) < 3 * count + 10
 
 
-def test_the_base_does_not_move_unless_ungated(adapter_tree):
-    gated = Path(train(validate(adapter_tree, "tree"))).parent
+def test_the_base_does_not_move_unless_ungated(adapter_tree, trained):
+    gated = trained[0].parent
     real = [line["held_out_real_loss"] for line in read_lines(gated / "metrics.jsonl") if "held_out_loss" in line]
     assert len(set(real)) == 1
     tree = {**adapter_tree, "lora": {"rank": 4, "gated": False}, "output_dir": adapter_tree["output_dir"] + "-free"}
@@ -110,13 +120,12 @@ def test_the_base_does_not_move_unless_ungated(adapter_tree):
     assert len(set(moved)) == 3
 
 
-def test_an_adapter_can_be_trained_on(adapter_tree, base, openings):
-    first = Path(train(validate(adapter_tree, "tree")))
+def test_an_adapter_can_be_trained_on(adapter_tree, trained, base, openings):
+    first, _ = trained
     tree = {**adapter_tree, "output_dir": adapter_tree["output_dir"] + "-more"}
     tree["model"] = {**tree["model"], "adapter": str(first)}
     tree["mtp"] = {"masks": 2}
     tree["train"] = {**tree["train"], "steps": 1, "warmup_steps": 0, "learning_rate": 1e-9}
-    openings.clear()
     more = Path(train(validate(tree, "tree")))
     assert openings == {"open_tensors": 1, "load_tokenizer": 1, "read_shape": 1}
     assert open_adapter(str(more), open_base(str(base))).shape.masks == 2
@@ -125,9 +134,8 @@ def test_an_adapter_can_be_trained_on(adapter_tree, base, openings):
     assert np.allclose(a["lora.layers.q.b"], b["lora.layers.q.b"], atol=1e-7)
 
 
-def test_a_killed_run_ends_like_an_undisturbed_one(adapter_tree, write_config, start, finish):
-    plain = {**adapter_tree, "output_dir": adapter_tree["output_dir"] + "-plain"}
-    undisturbed = Path(train(validate(plain, "tree"))).parent
+def test_a_killed_run_ends_like_an_undisturbed_one(adapter_tree, trained, write_config, start, finish):
+    undisturbed = trained[0].parent
     config, folder = write_config(adapter_tree), Path(adapter_tree["output_dir"])
     for point, count in [("line", 5), ("begun", 1)]:
         script = [os.fspath(DISTURBED), point, str(count), "kill"]
@@ -265,8 +273,8 @@ def test_a_wrong_setting_is_one_clear_line(adapter_tree, write_config, command, 
     assert "Traceback" not in ended.err
 
 
-def test_an_adapter_that_does_not_fit_is_refused(adapter_tree, write_config, command, tmp_path, base):
-    adapter = Path(train(validate(adapter_tree, "tree")))
+def test_an_adapter_that_does_not_fit_is_refused(adapter_tree, trained, write_config, command, tmp_path, base):
+    adapter, _ = trained
     tree = {**adapter_tree, "output_dir": str(tmp_path / "second")}
     for changes, message in [
         (["lora.rank=8"], "lora.rank=8 differs from 4"),
@@ -293,12 +301,10 @@ def test_data_without_room_for_a_block_is_refused():
         _check_trainable({"anchors": np.full((2, 4), -1)}, None)
 
 
-def test_evaluate_reports_what_the_run_did(adapter_tree, command, base, openings):
-    adapter_tree["evaluation"]["every"] = 12
-    out = Path(train(validate(adapter_tree, "tree")))
+def test_evaluate_reports_what_the_run_did(adapter_tree, trained, command, base, openings):
+    out, _ = trained
     held = json.loads((out / "mtp_config.json").read_text())["training"]["held_out"]
     text = adapter_tree["data"]["sources"][0]["path"]
-    openings.clear()
     ended = command(
         "evaluate", "--model", base, "--adapter", out, "--text", text, "--held-out", 0.2,
         "--sequence-length", 32, "--batch-size", 4, "--json",

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import quickly
 from flax.traverse_util import unflatten_dict
 
 from mtp_jax.config import Train
@@ -46,9 +47,9 @@ def random_batch(V, seed=0):
 
 
 def step_with(g, params, tx, accumulation=1, chunk=40, **decoder):
-    step = jax.jit(make_train_step(NextToken(Decoder(g, **decoder), chunk), tx, lambda _: 0.0, accumulation))
+    step = make_train_step(NextToken(Decoder(g, **decoder), chunk), tx, lambda _: 0.0, accumulation)
     with jax.default_matmul_precision("highest"):
-        return step(TrainState(jnp.int32(0), params, tx.init(params)), None, random_batch(g.V))
+        return quickly(step, TrainState(jnp.int32(0), params, tx.init(params)), None, random_batch(g.V))
 
 
 def change(before, after):
@@ -89,10 +90,13 @@ def test_the_step_is_the_same_however_it_is_computed(g, params, reference, how):
 def test_the_loss_is_the_mean_over_supervised_rows(g, params, reference):
     batch = random_batch(g.V)
     model = Decoder(g)
-    with jax.default_matmul_precision("highest"):
-        rows = (jnp.asarray(batch[name]) for name in ("tokens", "positions", "segments"))
+
+    def logits_of(*rows):
         latents, _ = model.apply({"params": params}, *rows)
-        logits = model.apply({"params": params}, latents, method="logits")
+        return model.apply({"params": params}, latents, method="logits")
+
+    with jax.default_matmul_precision("highest"):
+        logits = quickly(logits_of, *(jnp.asarray(batch[name]) for name in ("tokens", "positions", "segments")))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
     right = np.asarray(logits.argmax(-1) == batch["labels"])
     assert np.isclose(reference[1]["loss"], losses[batch["supervised"]].mean(), rtol=1e-5)
@@ -143,9 +147,11 @@ def optimizer_for(g, **settings):
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}, {"model_type": "qwen3"}], ids=str)
 def test_weight_decay_touches_matrices_only(llama_config, changes):
     g = Geometry.from_config({**llama_config, **changes})
-    params = jax.tree.map(jnp.ones_like, init_params(g, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_params(g, jax.random.key(0)))
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+    zeros = jax.tree.map(np.zeros_like, params)
     tx = optimizer_for(g, weight_decay=0.5)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    updates = quickly(lambda: tx.update(zeros, tx.init(params), params)[0])
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
         per_layer = update.ndim - (path[0].key == "layers")
         expected = -0.5 * SETTINGS.learning_rate if per_layer == 2 else 0.0
@@ -160,7 +166,7 @@ def test_gradients_are_clipped_by_their_global_norm(g, params, scale):
 
     def moments(clip, gradient):
         tx = optimizer_for(g, clip_norm=clip)
-        return optax.tree.get(tx.update(gradient, tx.init(params), params)[1], "mu")
+        return quickly(lambda: optax.tree.get(tx.update(gradient, tx.init(params), params)[1], "mu"))
 
     ours, expected = moments(0.5, gradient), moments(None, clipped)
     for a, b in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
@@ -223,7 +229,7 @@ def test_training_is_what_torch_does(llama_config, tied, tmp_path):
     tx = optimizer_for(g, **{name: getattr(settings, name) for name in ("weight_decay", "clip_norm", "beta2")})
     step = jax.jit(make_train_step(NextToken(Decoder(g), 40), tx, learning_rate(settings), 1))
     params = base.load()
-    state, losses = TrainState(jnp.int32(0), params, tx.init(params)), []
+    state, losses = TrainState(jnp.int32(0), params, jax.jit(tx.init)(params)), []
     with jax.default_matmul_precision("highest"):
         for batch in batches:
             state, metrics = step(state, None, batch)
