@@ -72,6 +72,14 @@ def _check_options(a: argparse.Namespace, source: "Source") -> None:
     if source.adapter is not None:
         if a.base == "reference" and source.name.startswith("bundled:"):
             raise UserError(f"--base reference: transformers does not know {source.name}; give --base copy.")
+        from mtp_jax.decoding.processors import read_settings
+
+        settings = read_settings(source.base.generation, source.base.g.V, str(source.base.folder))
+        if refused := (*settings.ignored, *settings.ignored_sampling):
+            raise UserError(
+                f"{source.base.folder}: generation_config.json sets {', '.join(refused)}, which multi-token decoding "
+                "does not compute: every call of generate would be refused; remove it there and export again."
+            )
         return
     options = {
         "--base reference": a.base == "reference",

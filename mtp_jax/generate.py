@@ -6,9 +6,10 @@ Output is the model's own, whatever the plan: greedy, or sampled from its distri
 import argparse
 import json
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mtp_jax.errors import UserError, run_command
+from mtp_jax.errors import UserError, run_command, warn
 
 if TYPE_CHECKING:
     from mtp_jax.decoding.generator import Completion, Generator
@@ -33,10 +34,17 @@ def main() -> None:
         "auto with an adapter and none without by default",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--temperature", type=float, help="0, the default, takes the likeliest token")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="and from the likeliest that reach P")
+    parser.add_argument("--top-p", type=float, metavar="P", help="and from the likeliest that reach P")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--generation-config",
+        choices=["processors", "base", "none"],
+        default="processors",
+        help="what to take from the model's generation_config.json: its processors (repetition_penalty, ...), also "
+        "how it samples (base), or nothing",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on CPU and bfloat16 elsewhere")
     parser.add_argument("--batch-size", type=int, default=1, metavar="B")
     parser.add_argument(
@@ -54,8 +62,12 @@ def main() -> None:
 
     named = a.plan or ("auto" if a.adapter else "none")
     plan = None if named == "auto" else parse_plan(named)
-    sampling = Sampling(a.temperature, a.top_k, a.top_p, a.seed) if a.temperature else None
-    generator = load(a.model, adapter=a.adapter, plan=plan, dtype=a.dtype, shortlist=a.shortlist or None)
+    chosen = {name: value for name in ("temperature", "top_k", "top_p") if (value := getattr(a, name)) is not None}
+    sampling = Sampling(**chosen, seed=a.seed) if a.temperature else None
+    asked, shortlist = a.generation_config != "none", a.shortlist or None
+    generator = load(a.model, adapter=a.adapter, plan=plan, dtype=a.dtype, shortlist=shortlist, generation_config=asked)
+    if a.generation_config == "base":
+        sampling = _as_the_base_samples(generator, chosen, a.seed)
     if a.chat:
         _chat(generator, a, sampling, named)
         return
@@ -72,9 +84,9 @@ def _check(a: argparse.Namespace) -> list[Any]:
     faults = [f"--{name} {value}: should be at least 1." for name, value in counts.items() if value < 1]
     if a.shortlist < 0:
         faults.append(f"--shortlist {a.shortlist}: should be at least 1, or 0 for the whole vocabulary.")
-    if not a.temperature >= 0:
+    if a.temperature is not None and not a.temperature >= 0:
         faults.append(f"--temperature {a.temperature}: should be at least 0; 0 takes the likeliest token.")
-    if a.temperature == 0 and (a.top_k is not None or a.top_p != 1.0):
+    if not a.temperature and a.generation_config != "base" and not (a.top_k is None and a.top_p in (None, 1.0)):
         faults.append("--top-k and --top-p say what to sample from: give --temperature too.")
     if a.plan == "auto" and a.adapter is None:
         faults.append("--plan auto chooses how to use an adapter: give --adapter too.")
@@ -89,6 +101,18 @@ def _check(a: argparse.Namespace) -> list[Any]:
 
         return read_prompts(a.prompts)
     return [] if a.chat else [a.prompt]
+
+
+def _as_the_base_samples(generator: "Generator", chosen: dict[str, Any], seed: int) -> "Sampling | None":
+    """The settings of the base's generation config, and in their place what was chosen on the command line."""
+    from mtp_jax.decoding.options import Sampling
+
+    settings = generator.settings
+    if chosen.get("temperature") == 0 or (settings.sampling is None and "temperature" not in chosen):
+        return None
+    if settings.ignored_sampling:
+        warn(f"{', '.join(settings.ignored_sampling)} of the model's generation config is ignored.")
+    return replace(settings.sampling or Sampling(), **chosen, seed=seed)
 
 
 def _chosen(generator: "Generator", prompts: list[list[int]], a: argparse.Namespace) -> "Generator":

@@ -172,4 +172,5 @@ def _identity(generator: Generator, batch_size: int) -> str:
     device = jax.devices()[0]
     of: list[Any] = [generator.identity, batch_size, device.device_kind, jax.device_count(), str(generator.dtype)]
     of += [generator.options.shortlist, jax.__version__, generator.forward.build]
+    of += [str(processors)] if (processors := generator.settings.processors) else []
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]

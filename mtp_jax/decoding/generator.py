@@ -1,6 +1,7 @@
 """Generate text with a model: prompts in, completions out, batches and compilation taken care of."""
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from mtp_jax import sharding
 from mtp_jax.decoding.forward import Forward, Variables
 from mtp_jax.decoding.loop import DecodeState, Decoding, Limits
 from mtp_jax.decoding.options import Options, Sampling
+from mtp_jax.decoding.processors import NO_SETTINGS, Settings
 from mtp_jax.decoding.sampling import SamplingKind, Tempering
 from mtp_jax.errors import UserError
 from mtp_jax.mtp.estimate import mean_tokens
@@ -70,6 +72,7 @@ class Generator:
         options: Options,
         mesh: jax.sharding.Mesh | None = None,
         identity: str = "",
+        settings: Settings = NO_SETTINGS,
     ):
         """
         Args:
@@ -77,23 +80,27 @@ class Generator:
             stops: token ids that end a text.
             mesh: over which the variables are spread.
             identity: of model and adapter, for choices that are kept on disk.
+            settings: what the base's `generation_config.json` asks for; its processors are computed.
         Raises:
             UserError: a plan that the adapter has too few masks for.
         """
         self.forward, self.variables, self.tokenizer, self.stops = forward, variables, tokenizer, stops
-        self.options, self.mesh, self.identity = options, mesh, identity
+        self.options, self.mesh, self.identity, self.settings = options, mesh, identity, settings
         self.g, self.dtype, self.shape = forward.model.g, jnp.dtype(forward.model.dtype), forward.shape
         self.compiled: dict[Any, Programs] = {}
-        masks, plan = self.shape.masks if self.shape else 0, options.plan
+        self._check_plan()
+
+    def _check_plan(self) -> None:
+        masks, plan = self.shape.masks if self.shape else 0, self.options.plan
         if plan.block > masks:
             what = f"the adapter has {masks}" if self.shape else "there is no adapter"
             raise UserError(f"plan {plan}: takes {plan.block} mask{'s' * (plan.block > 1)}, but {what}.")
 
     def using(self, **changes: Any) -> "Generator":
         """A generator with other options (`Options`), which shares weights and compiled programs with this one."""
-        options = replace(self.options, **changes)
-        other = Generator(self.forward, self.variables, self.tokenizer, self.stops, options, self.mesh, self.identity)
-        other.compiled = self.compiled
+        other = copy.copy(self)
+        other.options = replace(self.options, **changes)
+        other._check_plan()
         return other
 
     def encode(self, prompt: str | list[dict[str, str]], name: str = "prompt") -> list[int]:
@@ -170,10 +177,10 @@ class Generator:
         limit = np.minimum(lengths + max_new_tokens, self.g.max_positions)
         limit[len(prompts) :] = 0  # sequences that only fill the batch
         slots = width + _bucket(max_new_tokens, self.g.max_positions)
-        limits = Limits(jnp.asarray(limit), jnp.asarray(self.stops, jnp.int32))
+        limits = Limits(jnp.asarray(limit), jnp.asarray(self.stops, jnp.int32), jnp.asarray(lengths))
         how, keys = None, _keys(0, number, batch_size)
         if sampling is not None:
-            top_k = jnp.int32(sampling.top_k or self.g.V)
+            top_k = jnp.int32(min(sampling.top_k or self.g.V, self.g.V))
             how = Tempering(jnp.float32(sampling.temperature), top_k, jnp.float32(sampling.top_p))
             keys = _keys(sampling.seed, number, batch_size)
         with self._scope():
@@ -224,7 +231,7 @@ class Generator:
         sampling: SamplingKind | None = None,
     ) -> Programs:
         """The compiled programs for arguments such as these; prompts that share a bucket of lengths share them."""
-        decoding = Decoding(self.forward, self.options, sampling)
+        decoding = Decoding(self.forward, self.options, sampling, self.settings.processors)
         key = (decoding, prompts.shape, slots)
         if key not in self.compiled:
             room = slots + self.options.plan.drafts + 1  # a step writes all its rows, also behind the last token

@@ -17,6 +17,7 @@ from mtp_jax.decoding.drafting import choose_drafts
 from mtp_jax.decoding.forward import Forward, Variables
 from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import BlockPlan
+from mtp_jax.decoding.processors import Processors
 from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, likeliest, prefix, verify
 from mtp_jax.model.attention import empty_cache
 from mtp_jax.model.decoder import Cache, MaskRows
@@ -46,6 +47,7 @@ class Limits(NamedTuple):
 
     length: Int[Array, " B"]  # tokens, prompt included
     stop_ids: Int[Array, " stops"]
+    prompt: Int[Array, " B"] | None = None  # length of the prompts, which processors ask for
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Decoding:
     forward: Forward
     options: Options = field(default_factory=Options)
     sampling: SamplingKind | None = None  # None for greedy decoding
+    processors: Processors | None = None  # changes to the logits before a token is chosen
 
     @property
     def plan(self) -> BlockPlan:
@@ -149,7 +152,7 @@ class Decoding:
             keys=keys,
             cache=cache,
         )
-        scores = self.forward.logits(variables, last)
+        scores = self._processed(self.forward.logits(variables, last)[:, None], state, limits)[:, 0]
         if self.sampling is None:
             token = likeliest(scores)
         else:
@@ -181,6 +184,7 @@ class Decoding:
             scores, all_scores = jnp.split(every, [d + 1], axis=1)
         else:
             scores = self.forward.logits(variables, real)
+        scores = self._processed(scores, state, limits)
         if self.sampling is None:
             choice = likeliest(scores)
             right = (state.drafts == choice[:, :d]) & (jnp.arange(d) < state.valid[:, None])
@@ -208,6 +212,13 @@ class Decoding:
             drafted = state._replace(drafts=drafts, valid=valid, proposal=proposed)
         drafted = drafted._replace(cache=cache, steps=state.steps + ~state.done)
         return _emit(drafted, state.drafts, accepted, token, limits)
+
+    def _processed(self, scores: Float[Array, "B R V"], state: DecodeState, limits: Limits) -> Float[Array, "B R V"]:
+        if self.processors is None:
+            return scores
+        assert limits.prompt is not None
+        drafts = state.drafts[:, : scores.shape[1] - 1]
+        return self.processors(scores, state.tokens, state.length, drafts, limits.prompt, limits.stop_ids)
 
     def _drafts(
         self,

@@ -49,7 +49,10 @@ def distribution(logits: Float[Array, "... V"], how: Tempering, truncated: bool)
 
     top-p keeps the smallest set of likeliest tokens, among those that top-k left, whose probability reaches it.
     """
-    logits = logits.astype(jnp.float32) / how.temperature
+    logits = logits.astype(jnp.float32)
+    # Differences from the best one: temperatures near 0 must not make all of them infinite.
+    temperature = jnp.maximum(how.temperature, jnp.finfo(jnp.float32).tiny)
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     if truncated:
         ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
         first = jnp.arange(ordered.shape[-1]) < how.top_k

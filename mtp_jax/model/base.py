@@ -21,7 +21,6 @@ from mtp_jax.model.folder import (
     read_geometry,
     read_json,
     read_slice,
-    stop_ids,
 )
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, Weight
@@ -47,7 +46,15 @@ class Base:
     @cached_property
     def stops(self) -> tuple[int, ...]:
         """Token ids that end a text."""
-        return stop_ids(self.folder)
+        found = self.generation.get("eos_token_id")
+        found = self.config.get("eos_token_id") if found is None else found
+        return () if found is None else tuple(found) if isinstance(found, list) else (found,)
+
+    @cached_property
+    def generation(self) -> dict[str, Any]:
+        """Its `generation_config.json`; without one `config.json`, where transformers then looks for such settings."""
+        file = self.folder / "generation_config.json"
+        return read_json(file) if file.is_file() else self.config
 
     @cached_property
     def fingerprint(self) -> str:

@@ -262,13 +262,3 @@ def load_tokenizer(folder: Path, g: Geometry) -> Any:
             "tokenizer and model do not belong together."
         )
     return tokenizer
-
-
-def stop_ids(folder: Path) -> tuple[int, ...]:
-    """Token ids that end a text: of `generation_config.json`, else of `config.json`."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            value = read_json(folder / name).get("eos_token_id")
-            if value is not None:
-                return tuple(value) if isinstance(value, list) else (value,)
-    return ()

@@ -18,6 +18,7 @@ from mtp_jax.decoding import drafting, loop, sampling
 from mtp_jax.decoding.generator import Generator
 from mtp_jax.decoding.options import Options, Sampling
 from mtp_jax.decoding.plan import parse_plan, quadratic
+from mtp_jax.decoding.processors import Processors, Settings
 from mtp_jax.errors import UserError
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
@@ -99,13 +100,16 @@ def exact(parts):
     with jax.default_matmul_precision("highest"):
         logits = np.asarray(forward(tokens), np.float64)[:, len(PROMPT) - 1 : -1]
 
-    def joint(how):
+    def joint(how, penalty=1.0):
         seen, probability = {}, np.ones(len(texts))
         for i, text in enumerate(texts):
             for j in range(NEW):
                 key = tuple(text[:j])
                 if key not in seen:
-                    seen[key] = tempered(logits[i, j], how)
+                    row = logits[i, j].copy()
+                    past = list({*PROMPT, *key})
+                    row[past] = np.where(row[past] < 0, row[past] * penalty, row[past] / penalty)
+                    seen[key] = tempered(row, how)
                 probability[i] *= seen[key][text[j]]
         assert abs(probability.sum() - 1) < 1e-9
         return probability
@@ -155,6 +159,39 @@ def test_draws_have_the_models_own_distribution(make, exact, plan, sampled_draft
     counts, steps = draws(make(plan), how)
     assert improbability(counts, exact(how)) > NEVER
     assert 2 <= steps < NEW - 1  # some drafts are accepted, not all
+
+
+def test_draws_with_a_repetition_penalty(make, exact, monkeypatch):
+    """And the same test rejects rows that are judged without the drafts before them."""
+    how, processors = WAYS["top-p"], Processors(repetition_penalty=1.8)
+    generator = make(quadratic(2))
+    generator.settings = Settings(processors, None, (), ())
+    counts, steps = draws(generator, how)
+    assert improbability(counts, exact(how, 1.8)) > NEVER
+    assert improbability(counts, exact(how)) < NEVER
+    assert 2 <= steps < NEW - 1
+
+    right = Processors.__call__
+    monkeypatch.setattr(
+        Processors, "__call__", lambda self, s, t, n, drafts, *rest: right(self, s, t, n, drafts * 0 + PROMPT[0], *rest)
+    )
+    generator.compiled = {}
+    assert improbability(draws(generator, how)[0], exact(how, 1.8)) < NEVER
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-38, 1e-45])
+def test_near_zero_a_temperature_is_greedy(temperature):
+    logits = jnp.asarray([[3.0, -200.0, 3.0001, 0.0], [-1e30, 5.0, 4.0, 5.0]])
+    for truncated in (False, True):
+        how = sampling.Tempering(jnp.float32(temperature), jnp.int32(3), jnp.float32(0.9))
+        p = np.asarray(sampling.distribution(logits, how, truncated))
+        np.testing.assert_array_equal(p, [[0, 0, 1, 0], [0, 0.5, 0, 0.5]])
+
+
+def test_more_likeliest_tokens_than_there_are_is_all(make):
+    generator = make(quadratic(2))
+    every = [done.token_ids for done in generator.complete([PROMPT] * 4, NEW, 4, Sampling(top_k=V, seed=2))]
+    assert [d.token_ids for d in generator.complete([PROMPT] * 4, NEW, 4, Sampling(top_k=2**40, seed=2))] == every
 
 
 @pytest.mark.slow

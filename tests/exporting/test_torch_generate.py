@@ -86,6 +86,24 @@ def test_stop_ids_of_model_and_caller_end_a_text_inside_of_a_draft(fast, plain, 
             assert torch.equal(out, want)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2, "suppress_tokens": [7, 11]},
+        {"min_new_tokens": 20, "min_length": 3, "repetition_penalty": 0.9},
+    ],
+)
+@pytest.mark.parametrize("plan", ["linear:4", "quadratic:2"])
+def test_processors_are_those_of_transformers(fast, plain, batch, greedy, settings, plan):
+    stop = greedy[0, batch.input_ids.shape[1] + 5].item()
+    options = {"max_new_tokens": NEW, "eos_token_id": stop, "pad_token_id": 1, **settings}
+    want = plain.generate(**batch, do_sample=False, **options)
+    assert torch.equal(fast.generate(**batch, plan=plan, **options), want)
+    del options[next(iter(settings))]
+    assert not torch.equal(fast.generate(**batch, plan=plan, **options), want)
+
+
 def test_limits(fast, plain, batch, greedy):
     width = batch.input_ids.shape[1]
     for new in (1, 2, 7):
@@ -193,8 +211,8 @@ def test_without_a_copy_of_the_weights(fast, batch, greedy):
     [
         ({"num_beams": 3}, "num_beams=3"),
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
-        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2"),
-        ({"min_new_tokens": 4}, "min_new_tokens=4"),
+        ({"bad_words_ids": [[4]]}, "bad_words_ids"),
+        ({"exponential_decay_length_penalty": (4, 1.1)}, "exponential_decay_length_penalty"),
         ({"min_p": 0.1, "do_sample": True}, "min_p=0.1"),
         ({"stop_strings": ["a"]}, "stop_strings"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores=True"),

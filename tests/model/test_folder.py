@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from mtp_jax.errors import UserError
 from mtp_jax.locate import find_folder
 from mtp_jax.model.base import open_base
-from mtp_jax.model.folder import INDEX, SINGLE, load_tokenizer, read_geometry, stop_ids
+from mtp_jax.model.folder import INDEX, SINGLE, load_tokenizer, read_geometry
 from mtp_jax.model.weights import leaf_at, weight_table
 
 EMBED, UNEMBED = "model.embed_tokens.weight", "lm_head.weight"
@@ -299,11 +300,16 @@ def test_tokenizer_may_be_smaller_than_the_vocabulary(small_folder, small_tokeni
     assert load_tokenizer(small_folder, read_geometry(small_folder)).get_vocab() == small_tokenizer.get_vocab()
 
 
-def test_stop_ids_come_from_generation_config_first(tmp_path):
-    assert stop_ids(tmp_path) == ()
-    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
-    assert stop_ids(tmp_path) == (2,)
-    (tmp_path / "generation_config.json").write_text("{}")
-    assert stop_ids(tmp_path) == (2,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    assert stop_ids(tmp_path) == (1, 2)
+@pytest.mark.parametrize(
+    ("config", "generation", "stops"),
+    [
+        ({}, None, ()),
+        ({"eos_token_id": 2}, None, (2,)),
+        ({"eos_token_id": 2}, {}, (2,)),
+        ({"eos_token_id": 2}, {"eos_token_id": [1, 2]}, (1, 2)),
+    ],
+)
+def test_stop_ids_come_from_generation_config_first(untied, tmp_path, config, generation, stops):
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert replace(open_base(str(untied)), folder=tmp_path, config=config).stops == stops

@@ -21,7 +21,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
@@ -36,8 +44,14 @@ SPARE_SLOTS = 256  # the cache grows in steps of at least this size
 
 # Settings of a GenerationConfig that are implemented, and those that change no output. Any other must be neutral.
 SUPPORTED = {"max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "eos_token_id"}
+SUPPORTED |= {"repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "min_length", "suppress_tokens"}
 SUPPORTED |= {"pad_token_id", "bos_token_id", "decoder_start_token_id", "return_dict_in_generate"}
-INERT = {"use_cache", "cache_implementation", "transformers_version", "compile_config", "disable_compile"}
+INERT = {"use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory"}
+INERT |= {"transformers_version", "compile_config", "disable_compile", "continuous_batching_config", "is_assistant"}
+INERT |= {"renormalize_logits", "remove_invalid_values", "early_stopping", "length_penalty", "diversity_penalty"}
+INERT |= {"num_beam_groups", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"}
+INERT |= {"assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight"}
+INERT |= {"prompt_lookup_num_tokens", "max_matching_ngram_size", "speculation_type", "use_mtp"}
 # A float32 model on CPU gets a copy of up to so many bytes of weights, in a layout that is faster for few rows.
 PACKED_BYTES = 2 << 30
 _adapters = weakref.WeakKeyDictionary()  # by model, so that each is read once
@@ -119,7 +133,9 @@ def generate(
         streamer.put(ids.cpu())
     with torch.inference_mode():
         rows = Rows(model, found, pack)
-        new, steps, accepted = Decoding(rows, chosen, shortlist, sampling)(prompts, room, set(stops), streamer)
+        process = [_processors(config, len(prompt), stops, model.device) for prompt in prompts]
+        decoding = Decoding(rows, chosen, shortlist, sampling, process)
+        new, steps, accepted = decoding(prompts, room, set(stops), streamer)
     if streamer is not None:
         streamer.end()
 
@@ -146,7 +162,7 @@ def _refuse(config, **arguments):
         for name, value in values.items()
         if name not in SUPPORTED | INERT
         and not any(value is x or value == x for x in (None, False, neutral.get(name)))
-        and not (name in ("guidance_scale", "renormalize_logits") and value == 1)
+        and not (name == "guidance_scale" and value == 1)
     ]
     wrong += [name for name, value in arguments.items() if not (value is None or value is False or value == [])]
     if wrong:
@@ -154,6 +170,22 @@ def _refuse(config, **arguments):
             f"multi-token generation does not implement {', '.join(wrong)}. Leave it out, give its neutral "
             "value where the model's generation_config.json sets it, or load the model without trust_remote_code."
         )
+
+
+def _processors(config, prompt_length, stops, device):
+    """transformers' own processors of the logits behind a prompt, in its order."""
+    found = LogitsProcessorList()
+    if (config.repetition_penalty or 1.0) != 1.0:
+        found.append(RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
+    if config.no_repeat_ngram_size:
+        found.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    if config.min_length and stops:
+        found.append(MinLengthLogitsProcessor(config.min_length, stops, device=device))
+    if config.min_new_tokens and stops:
+        found.append(MinNewTokensLengthLogitsProcessor(prompt_length, config.min_new_tokens, stops, device=device))
+    if config.suppress_tokens:
+        found.append(SuppressTokensLogitsProcessor(config.suppress_tokens, device=device))
+    return found
 
 
 def _prompts(model, config, inputs, input_ids, attention_mask):
@@ -581,7 +613,8 @@ class Sampling:
 
     def distribution(self, logits):
         """Tempered and truncated probabilities."""
-        logits = logits.float() / self.temperature
+        logits = logits.float()  # differences from the best one: temperatures near 0 must not make all infinite
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(self.temperature, torch.finfo(torch.float32).tiny)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[..., -1:], float("-inf"))
         if self.top_p < 1:
@@ -632,8 +665,9 @@ def draw(probabilities):
 class Decoding:
     """Prefill, then steps that verify the drafts of the step before and draft anew."""
 
-    def __init__(self, rows, plan, shortlist, sampling):
+    def __init__(self, rows, plan, shortlist, sampling, process):
         self.rows, self.adapter, self.plan, self.sampling = rows, rows.adapter, plan, sampling
+        self.process = process  # of the logits of each sequence
         self.device = rows.head.weight.device
         self.shortlist = None if shortlist is None else min(shortlist, rows.config.vocab_size)
         self.one_head = self.device.type != "cpu" or sum(plan.masks) + plan.floating <= HEAD_ROWS
@@ -672,7 +706,8 @@ class Decoding:
         while any(going):
             starts = [len(prompt) + len(row) - 1 for prompt, row in zip(prompts, new, strict=True)]
             cache.slots = max(cache.slots, max(starts) + SPARE_SLOTS)
-            run, accepted, valid, drafts, proposal = self.step(token, drafts, valid, proposal, starts, cache)
+            contexts = [prompt + row for prompt, row in zip(prompts, new, strict=True)]
+            run, accepted, valid, drafts, proposal = self.step(token, drafts, valid, proposal, starts, contexts, cache)
             token = run.gather(1, accepted[:, None])[:, 0]
             emit([row[: row[-1] + 1] for row in torch.cat([run, accepted[:, None]], dim=1).tolist()])
         return new, steps, histogram
@@ -694,11 +729,22 @@ class Decoding:
             at = ends - start
             here = latents[torch.arange(B, device=latents.device), at.clamp(0, part.shape[1] - 1)]
             last = here if last is None else torch.where((at >= 0)[:, None], here, last)
-        scores = self.rows.logits(last)
+        scores = self._processed(self.rows.logits(last)[:, None], prompts, tokens[:, :0])[:, 0]
         token = scores.argmax(dim=-1) if self.sampling is None else draw(self.sampling.distribution(scores))
         return token, *(self.draft(block, None, token) if M else (tokens[:, :0], None)), cache
 
-    def step(self, token, drafts, valid, proposal, starts, cache):
+    def _processed(self, scores, contexts, drafts):
+        """Logits [B, R, V] as the settings change them; row r of a sequence stands behind its context and r drafts."""
+        if not any(self.process):
+            return scores
+        scores, drafts = scores.float().clone(), drafts.tolist()
+        for b, context in enumerate(contexts):
+            for r in range(scores.shape[1]):
+                ids = torch.tensor([context + drafts[b][:r]], device=scores.device)
+                scores[b, r] = self.process[b](ids, scores[b, r][None].clone())[0]
+        return scores
+
+    def step(self, token, drafts, valid, proposal, starts, contexts, cache):
         """The emitted run [B, d+1], how many drafts of it are accepted, and the next drafts."""
         B, d = drafts.shape
         layout = self.layout or self._step_layout(valid)
@@ -710,6 +756,7 @@ class Decoding:
             )
         else:
             scores = self.rows.logits(real)
+        scores = self._processed(scores, contexts, drafts)
         if self.sampling is None:
             choice = scores.argmax(dim=-1)
             right = (drafts == choice[:, :d]) & (torch.arange(d, device=self.device) < valid[:, None])
