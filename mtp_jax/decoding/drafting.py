@@ -1,5 +1,7 @@
 """From the latents of one block of masks to its drafts, chosen one after another by the sampler head."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -17,6 +19,7 @@ def choose_drafts(
     first: Int[Array, " B"],
     shortlist: int | None,
     sampling: tuple[SamplingKind, Tempering, Key[Array, " B"]] | None,
+    process: Callable[[Float[Array, "B V"], Int[Array, "B j"]], Float[Array, "B V"]] | None = None,
 ) -> tuple[Int[Array, "B M"], Proposal | None]:
     """The drafts of a block behind the token `first`, and what they were drawn from where drafts are sampled.
 
@@ -25,6 +28,7 @@ def choose_drafts(
     Args:
         scores: the base head's logits of the block, where they are there already.
         shortlist: how many candidates of each mask row the sampler may choose from; None for all.
+        process: changes logits that stand behind `first` and j drafts, as those of real rows are changed.
     """
     B, M, _ = latents.shape
     V, sampler = forward.model.g.V, variables["mtp"].get("sampler")
@@ -54,6 +58,11 @@ def choose_drafts(
                 logits = forward.logits(variables, latent)
             else:
                 logits = jnp.einsum("bd,bcd->bc", latent, vectors[:, j], preferred_element_type=jnp.float32)
+        if process is not None:
+            chain = jnp.stack(drafts, axis=1) if drafts else jnp.zeros((B, 0), jnp.int32)
+            at = jnp.arange(B)[:, None], slice(None) if ids is None else ids[:, j]
+            every = logits if ids is None else jnp.full((B, V), -jnp.inf).at[at].set(logits)
+            logits = process(every, chain)[at]
         if drawn:
             assert sampling is not None
             kind, how, keys = sampling

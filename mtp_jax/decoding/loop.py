@@ -152,17 +152,19 @@ class Decoding:
             keys=keys,
             cache=cache,
         )
-        scores = self._processed(self.forward.logits(variables, last)[:, None], state, limits)[:, 0]
+        scores = self._processed(self.forward.logits(variables, last)[:, None], state, empty[:, :0], limits)[:, 0]
         if self.sampling is None:
             token = likeliest(scores)
         else:
             assert how is not None
             p = distribution(scores, how, self.sampling.truncated)
             token = draw(p, self._keys(state, 0))
+        keys = self._keys(state, 1)
+        state = _emit(state, empty, zeros, token, limits)
         if d:
-            drafts, proposal = self._drafts(variables, state, block, None, token, how)
+            drafts, proposal = self._drafts(variables, state, block, None, token, keys, limits, how)
             state = state._replace(drafts=drafts, valid=jnp.full(B, d), proposal=proposal)
-        return _emit(state, empty, zeros, token, limits)
+        return state
 
     def step(self, variables: Variables, state: DecodeState, limits: Limits, how: Tempering | None) -> DecodeState:
         """Verify the drafts, emit what is accepted and the base model's token behind it, and draft again."""
@@ -184,7 +186,7 @@ class Decoding:
             scores, all_scores = jnp.split(every, [d + 1], axis=1)
         else:
             scores = self.forward.logits(variables, real)
-        scores = self._processed(scores, state, limits)
+        scores = self._processed(scores, state, state.drafts, limits)
         if self.sampling is None:
             choice = likeliest(scores)
             right = (state.drafts == choice[:, :d]) & (jnp.arange(d) < state.valid[:, None])
@@ -196,7 +198,9 @@ class Decoding:
             proposal = state.proposal or Proposal(jnp.zeros((B, 0, 1), jnp.int32), jnp.zeros((B, 0, 1)))
             accepted, token = verify(p, state.drafts, state.valid, proposal, self._keys(state, 0))
 
-        drafted = state
+        keys = self._keys(state, 1)
+        emitted = state._replace(cache=cache, steps=state.steps + ~state.done)
+        emitted = _emit(emitted, state.drafts, accepted, token, limits)
         if plan.mask_rows:
             if plan.floating:
                 block, block_scores = latents, all_scores
@@ -208,16 +212,17 @@ class Decoding:
                 block = jnp.take_along_axis(latents, at, axis=1)
                 block_scores = None if all_scores is None else jnp.take_along_axis(all_scores, at, axis=1)
                 valid = jnp.asarray(sizes)[accepted]
-            drafts, proposed = self._drafts(variables, state, block, block_scores, token, how)
-            drafted = state._replace(drafts=drafts, valid=valid, proposal=proposed)
-        drafted = drafted._replace(cache=cache, steps=state.steps + ~state.done)
-        return _emit(drafted, state.drafts, accepted, token, limits)
+            drafts, proposed = self._drafts(variables, emitted, block, block_scores, token, keys, limits, how)
+            emitted = emitted._replace(drafts=drafts, valid=valid, proposal=proposed)
+        return emitted
 
-    def _processed(self, scores: Float[Array, "B R V"], state: DecodeState, limits: Limits) -> Float[Array, "B R V"]:
+    def _processed(
+        self, scores: Float[Array, "B R V"], state: DecodeState, drafts: Int[Array, "B d"], limits: Limits
+    ) -> Float[Array, "B R V"]:
+        """Scores of rows that stand behind what was emitted and 0, 1, ... drafts."""
         if self.processors is None:
             return scores
         assert limits.prompt is not None
-        drafts = state.drafts[:, : scores.shape[1] - 1]
         return self.processors(scores, state.tokens, state.length, drafts, limits.prompt, limits.stop_ids)
 
     def _drafts(
@@ -227,13 +232,19 @@ class Decoding:
         block: Float[Array, "B M D"],
         scores: Float[Array, "B M V"] | None,
         first: Int[Array, " B"],
+        keys: Key[Array, " B"],
+        limits: Limits,
         how: Tempering | None,
     ) -> tuple[Array, Proposal | None]:
-        sampling = None
-        if self.sampling is not None:
-            assert how is not None
-            sampling = (self.sampling, how, self._keys(state, 1))
-        return choose_drafts(self.forward, variables, block, scores, first, self.options.shortlist, sampling)
+        """Drafts behind the newest token, `first`."""
+        sampling = None if self.sampling is None or how is None else (self.sampling, how, keys)
+
+        def process(scores: Float[Array, "B V"], chain: Int[Array, "B j"]) -> Float[Array, "B V"]:
+            rows = jnp.broadcast_to(scores[:, None], (len(scores), chain.shape[1] + 1, scores.shape[1]))
+            return self._processed(rows, state, chain, limits)[:, -1]
+
+        changed = None if self.processors is None else process
+        return choose_drafts(self.forward, variables, block, scores, first, self.options.shortlist, sampling, changed)
 
     def _keys(self, state: DecodeState, purpose: int) -> Key[Array, " B"]:
         """Fresh keys for this step of each sequence: its length grows with every step."""
