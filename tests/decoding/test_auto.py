@@ -11,6 +11,7 @@ from mtp_jax.decoding.auto import candidates, choose_plan, expected_tokens, surv
 from mtp_jax.decoding.generator import Completion, Generator
 from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import linear, parse_plan, plain, quadratic
+from mtp_jax.decoding.processors import NO_SETTINGS
 
 pytestmark = pytest.mark.quick
 
@@ -51,7 +52,7 @@ def test_candidates_fit_the_adapter():
 class Machine(Generator):
     """Stands in for a generator: a step of r rows takes `cost(r)` seconds, drafts are right as SURVIVES says."""
 
-    dtype, identity, options = "float32", "machine", Options()
+    dtype, identity, options, settings = "float32", "machine", Options(), NO_SETTINGS
 
     def __init__(self, cost, masks=4):
         self.cost, self.runs = cost, 0
