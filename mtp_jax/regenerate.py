@@ -4,7 +4,6 @@ Writes the file that `data.continuations` of the config names. Run again after a
 """
 
 import argparse
-from pathlib import Path
 
 from mtp_jax.errors import UserError, run_command
 
@@ -33,6 +32,7 @@ def main() -> None:
     from mtp_jax.api import load
     from mtp_jax.data.continuations import choose_prompts, count_written, write_continuations
     from mtp_jax.data.sources import read_sources
+    from mtp_jax.files import expanded
 
     sources, _ = read_sources(config.data, continuations=False)
     weights = [source.weight for source in config.data.sources]
@@ -40,7 +40,7 @@ def main() -> None:
     generator = load(config.model.path, dtype=config.model.compute_dtype)
     tokenizer, context, seed = generator.tokenizer, generator.g.max_positions, config.seed
     prompts = list(choose_prompts(sources, weights, tokenizer, wanted, context, seed))
-    out, console = Path(wanted.path).expanduser(), Console(stderr=True)
+    out, console = expanded(wanted.path), Console(stderr=True)
     done = count_written(out, prompts)
     if out.exists():
         print(f"continuations: {out} (already there)")

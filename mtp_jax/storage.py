@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mtp_jax.errors import Unreachable, UserError
+from mtp_jax.files import cache_folder, expanded, scratch_folder
 
 PREFIX = "gs://"
 CACHE = "~/.cache/mtp_jax/buckets"
@@ -93,7 +94,7 @@ def local(name: str, skip: Iterable[str] = ("checkpoints/", "logs/", ".lock")) -
         UserError: a bucket that cannot be read, or holds nothing of that name.
     """
     if not is_bucket(name):
-        return Path(name).expanduser()
+        return expanded(name)
     if glob.has_magic(name):
         parts = name.split("/")
         fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
@@ -110,10 +111,9 @@ def local(name: str, skip: Iterable[str] = ("checkpoints/", "logs/", ".lock")) -
         raise UserError(f"{name}: there is no such object or folder in the bucket.")
     # Named by the generations it holds: a copy never changes, and is never taken for that of another state.
     state = json.dumps([key, *((path, entry.get("generation"), entry["size"]) for path, entry in files.items())])
-    kept = Path(CACHE).expanduser() / hashlib.sha256(state.encode()).hexdigest()[:20]
+    kept = (cache_folder(CACHE) or scratch_folder()) / hashlib.sha256(state.encode()).hexdigest()[:20]
     copy = kept / key.rsplit("/", 1)[-1]
     if not copy.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
             for path in files:
                 to = Path(scratch, "copy", copy.name, path) if path else Path(scratch, "copy", copy.name)
@@ -383,4 +383,4 @@ class BucketLock:
 
 def scratch_for(name: str) -> Path:
     """The folder of this machine for files on their way into a bucket, which are worth nothing after a crash."""
-    return Path(CACHE).expanduser() / "on-the-way" / hashlib.sha256(name.encode()).hexdigest()[:20]
+    return (cache_folder(CACHE) or scratch_folder()) / "on-the-way" / hashlib.sha256(name.encode()).hexdigest()[:20]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mtp_jax.files import cache_folder, scratch_folder
 from mtp_jax.model.attention import LayerCache
 from mtp_jax.model.decoder import StepRows
 
@@ -186,12 +187,11 @@ def _build() -> Path:
     sources = [path.read_text() for path in sorted((*_SOURCE.parent.glob("*.h"), _SOURCE))]
     told = (*sources, *command, jax.__version__, _processor())
     name = hashlib.sha256("\0".join(told).encode()).hexdigest()[:24]
-    folder = Path(CACHE).expanduser()
+    folder = cache_folder(CACHE) or scratch_folder()
     path = folder / f"{name}.so"
     if path.exists():
         return path
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             part = Path(scratch) / "bindings.so"
             subprocess.run([*command, str(_SOURCE), "-o", str(part)], check=True, capture_output=True, timeout=300)

@@ -5,11 +5,11 @@ The most promising ones are run, and the fastest of those is taken. The choice i
 batch, device and build of the forward pass.
 """
 
+import contextlib
 import hashlib
 import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,8 @@ import numpy as np
 
 from mtp_jax.decoding.generator import Completion, Generator
 from mtp_jax.decoding.plan import BlockPlan, linear, parse_plan, plain, quadratic
+from mtp_jax.errors import UserError
+from mtp_jax.files import cache_folder, read_json
 
 CACHE = "~/.cache/mtp_jax/plans"
 _DRAFTS = (1, 2, 3, 4, 6, 8)
@@ -87,10 +89,12 @@ def choose_plan(
         cache: folder of earlier choices; None to measure again and keep nothing.
     """
     assert generator.shape is not None
-    kept = None if cache is None else Path(cache).expanduser() / f"{_identity(generator, batch_size)}.json"
+    folder = None if cache is None else cache_folder(cache)
+    kept = None if folder is None else folder / f"{_identity(generator, batch_size)}.json"
     if kept is not None and kept.is_file():
-        stored = json.loads(kept.read_text())
-        return Choice(parse_plan(stored["plan"]), stored["one_head"], stored["expected"])
+        with contextlib.suppress(UserError, KeyError):  # measured again where it is damaged
+            stored = read_json(kept)
+            return Choice(parse_plan(stored["plan"]), stored["one_head"], stored["expected"])
     prompts = prompts[: max(8, batch_size)]
     prompts = (prompts * batch_size)[: -(-len(prompts) // batch_size) * batch_size]  # whole batches
 
@@ -152,7 +156,6 @@ def choose_plan(
     if chosen.mask_rows:
         head = _one_head_is_faster(lambda one_head: cost(run(chosen, one_head)))
     if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(".part")
         part.write_text(json.dumps({"plan": str(chosen), "one_head": head, "expected": expected}))
         part.rename(kept)

@@ -1,14 +1,14 @@
 """The base model's files in an exported folder: byte for byte, or in another dtype, a shard at a time."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from mtp_jax.files import read_json, write_json
 from mtp_jax.model.base import Base
-from mtp_jax.model.folder import INDEX, SINGLE, read_json, read_slice
+from mtp_jax.model.folder import INDEX, SINGLE, read_slice
 from mtp_jax.model.folder_writer import write_tensors
 
 # A model's files beside its weights. Its card is not among them: an export has its own.
@@ -53,7 +53,7 @@ def copy_weights(base: Base, out: Path) -> None:
         weight_map = {key: stored[key].file.name for key in sorted(stored)}
         total = sum(tensor.dtype.itemsize * int(np.prod(tensor.shape)) for tensor in stored.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(out / INDEX, index)
 
 
 def convert_weights(base: Base, out: Path, dtype: np.dtype) -> None:
@@ -66,4 +66,4 @@ def convert_weights(base: Base, out: Path, dtype: np.dtype) -> None:
     write_tensors(out, tensors())
     config = {key: value for key, value in read_json(out / "config.json").items() if key != "torch_dtype"}
     config["dtype"] = dtype.name
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(out / "config.json", config)

@@ -1,7 +1,6 @@
 """An exported folder: a Hugging Face model, the adapter beside it, and the code that uses it."""
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from mtp_jax.exporting.card import model_card
 from mtp_jax.exporting.peft import FOLDER as PEFT_FOLDER
 from mtp_jax.exporting.peft import write_peft
 from mtp_jax.exporting.source import Source
-from mtp_jax.model.folder_writer import whole_or_absent
+from mtp_jax.files import cache_folder, expanded, read_json, scratch_folder, whole_or_absent
 from mtp_jax.mtp.adapter_folder import CONFIG, write_adapter_files
 
 _CODE = "custom_generate"
@@ -26,7 +25,7 @@ _CODE = "custom_generate"
 
 def check_target(name: str, overwrite: bool) -> None:
     """Raise UserError where `name` is not a folder that may be written."""
-    out: Any = name if storage.is_bucket(name) else Path(name).expanduser()
+    out: Any = name if storage.is_bucket(name) else expanded(name)
     if storage.is_bucket(name):
         full = bool(storage.listing(name))
     elif out.exists() and not out.is_dir():
@@ -45,7 +44,7 @@ def check_apart(name: str, made_from: str, source: Source) -> None:
         if f"{made_from.rstrip('/')}/".startswith(f"{name.rstrip('/')}/"):
             raise UserError(f"--out {name}: holds {made_from}, which the export is made from; name another folder.")
         return
-    out = Path(name).expanduser()
+    out = expanded(name)
     read = [source.base.folder, *([source.adapter.folder] if source.adapter else [])]
     for folder in read:
         if out.resolve() in (folder.resolve(), *folder.resolve().parents):
@@ -60,10 +59,9 @@ def target(name: str) -> Iterator[Path]:
         UserError: a bucket that cannot be written.
     """
     if not storage.is_bucket(name):
-        yield Path(name).expanduser()
+        yield expanded(name)
         return
-    kept = Path(storage.CACHE).expanduser()
-    kept.mkdir(parents=True, exist_ok=True)
+    kept = cache_folder(storage.CACHE) or scratch_folder()
     with tempfile.TemporaryDirectory(dir=kept) as scratch:
         yield (out := Path(scratch, name.rstrip("/").rsplit("/", 1)[-1]))
         last = CONFIG if (out / CONFIG).is_file() else "config.json"
@@ -127,5 +125,5 @@ def _write(
                 shutil.copyfile(file, part / _CODE / name)
         if peft:
             write_peft(source, part / PEFT_FOLDER, kept)
-        config = json.loads((part / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(part / CONFIG)
     (part / "README.md").write_text(model_card(source, base, config, repo, peft), encoding="utf-8")

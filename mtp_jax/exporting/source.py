@@ -6,9 +6,9 @@ from pathlib import Path
 
 from mtp_jax import storage
 from mtp_jax.errors import UserError
+from mtp_jax.files import read_json
 from mtp_jax.locate import find_folder
 from mtp_jax.model.base import Base, open_base
-from mtp_jax.model.folder import read_json
 from mtp_jax.mtp.adapter_folder import CONFIG, Adapter, find_adapter, open_adapter
 
 

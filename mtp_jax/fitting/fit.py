@@ -15,11 +15,11 @@ from mtp_jax import sharding
 from mtp_jax.config import Config
 from mtp_jax.decoding.plan import parse_plan, plain, quadratic
 from mtp_jax.errors import UserError
+from mtp_jax.files import expanded, read_json
 from mtp_jax.fitting.chips import EFFICIENCY, Chip, local_chip, parse_topology, topology_devices
 from mtp_jax.fitting.compiled import bytes_by_kind, collectives, flops
 from mtp_jax.fitting.decoding import decoding_program
 from mtp_jax.locate import find_folder
-from mtp_jax.model.folder import read_json
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.mtp.losses import MultiTokenLoss
 from mtp_jax.training.objectives import adapter_shape
@@ -95,7 +95,7 @@ def find_geometry(config: Config) -> Geometry:
     if model.scratch is not None:
         return Geometry.from_config(model.scratch.config, "model.scratch.config")
     if model.geometry is not None:
-        return Geometry.from_config(read_json(Path(model.geometry).expanduser()), model.geometry)
+        return Geometry.from_config(read_json(expanded(model.geometry)), model.geometry)
     assert model.path is not None
     try:
         file = find_folder(model.path, patterns=("config.json",)) / "config.json"

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from mtp_jax.files import read_json
 from mtp_jax.locate import find_folder
 from mtp_jax.model.folder import (
     Tensors,
@@ -19,7 +20,6 @@ from mtp_jax.model.folder import (
     load_tokenizer,
     open_tensors,
     read_geometry,
-    read_json,
     read_slice,
 )
 from mtp_jax.model.geometry import Geometry

@@ -1,7 +1,6 @@
 """Hugging Face folders in: read the config and the tokenizer, stream tensors into their final sharding."""
 
 import functools
-import json
 import math
 import re
 from collections import Counter
@@ -19,6 +18,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from mtp_jax.errors import UserError
+from mtp_jax.files import read_json
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import EMBED_KEY, UNEMBED_KEY, Params, Weight, weight_table
 
@@ -36,21 +36,6 @@ class Stored:
     file: Path
     shape: tuple[int, ...]
     dtype: np.dtype
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: the file is missing, unreadable or no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: should hold a JSON object, not a {type(value).__name__}.")
-    return value
 
 
 def read_geometry(folder: Path) -> Geometry:

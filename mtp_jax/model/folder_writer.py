@@ -1,9 +1,5 @@
 """Hugging Face folders out: stream our tree into sharded safetensors that `from_pretrained` loads."""
 
-import contextlib
-import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
+from mtp_jax.files import whole_or_absent, write_json
 from mtp_jax.model.folder import INDEX, SINGLE
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, leaf_at, weight_table
@@ -67,31 +64,9 @@ def write_folder(
     }
     with whole_or_absent(out) as part:
         write_tensors(part, stored_form(params, g, dtype), shard_bytes)
-        _write_json(part / "config.json", config)
-        _write_json(part / "generation_config.json", ids if generation is None else generation)
+        write_json(part / "config.json", config)
+        write_json(part / "generation_config.json", ids if generation is None else generation)
         tokenizer.save_pretrained(part)
-
-
-@contextlib.contextmanager
-def whole_or_absent(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` to write into, which takes its name, and its place, when all is on disk."""
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        for path in (path for path in part.rglob("*") if path.is_file()):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    part.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> None:
@@ -120,11 +95,7 @@ def write_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard
         name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{i}.part").rename(folder / name)
         weight_map |= dict.fromkeys(keys, name)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def parameter_count(params: Params) -> int:

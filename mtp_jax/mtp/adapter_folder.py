@@ -1,7 +1,6 @@
 """Adapter folders: safetensors beside `mtp_config.json`, tied to a base model by a fingerprint."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mtp_jax.errors import UserError
+from mtp_jax.files import read_json, whole_or_absent, write_json
 from mtp_jax.locate import find_folder
 from mtp_jax.model.base import Base
-from mtp_jax.model.folder import read_json
-from mtp_jax.model.folder_writer import on_host, whole_or_absent
+from mtp_jax.model.folder_writer import on_host
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import PROJECTIONS, Params, leaf_at
 from mtp_jax.mtp.adapter import SAMPLERS, AdapterShape, adapter_table
@@ -96,7 +95,7 @@ def write_adapter_files(
         **({} if measured is None else {"measured": measured}),
     }
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, config, sort_keys=False)
 
 
 def find_adapter(name: str) -> Path:

@@ -14,6 +14,7 @@ import jax
 
 from mtp_jax import storage
 from mtp_jax.errors import Unreachable, UserError, faults_of
+from mtp_jax.files import expanded
 
 RECORDS = ("metrics.jsonl", "timing.jsonl", "tensorboard", "logs")
 
@@ -26,7 +27,7 @@ class RunFolder:
 
     def __init__(self, name: str):
         self.bucket = name.rstrip("/") if storage.is_bucket(name) else None
-        self.path, self.begun = Path(name).expanduser(), False
+        self.path, self.begun = expanded(name), False
         if self.bucket is not None:
             # Not even processes on one machine share a folder.
             here = storage.scratch_for(f"{self.bucket} {jax.process_index()}")

@@ -18,9 +18,9 @@ from mtp_jax.data.documents import Document
 from mtp_jax.data.held_out import held_out_batches
 from mtp_jax.data.sources import source_documents, split
 from mtp_jax.errors import UserError
+from mtp_jax.files import read_json
 from mtp_jax.model.base import Base
 from mtp_jax.model.decoder import Decoder
-from mtp_jax.model.folder import read_json
 from mtp_jax.mtp.adapter import adapter_table
 from mtp_jax.mtp.adapter_folder import Adapter
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss

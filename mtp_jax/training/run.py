@@ -17,7 +17,8 @@ from mtp_jax.data.batches import training_batches
 from mtp_jax.data.held_out import held_out_batches
 from mtp_jax.data.sources import check_supervision, read_sources
 from mtp_jax.errors import Interrupted, UserError, warn
-from mtp_jax.model.folder_writer import parameter_count, whole_or_absent
+from mtp_jax.files import cache_folder, whole_or_absent
+from mtp_jax.model.folder_writer import parameter_count
 from mtp_jax.runs import processes
 from mtp_jax.runs.checkpoints import Checkpoints
 from mtp_jax.runs.claim import claim
@@ -205,6 +206,8 @@ def enable_compilation_cache(folder: str | None) -> None:
         return
     if storage.is_bucket(folder):
         storage.listing(f"{folder}/.any")  # a fault is reported now and in one line, not at each program
+        kept: Any = folder
     else:
-        folder = str(Path(folder).expanduser())
-    jax.config.update("jax_compilation_cache_dir", folder)
+        kept = cache_folder(folder)
+    if kept is not None:
+        jax.config.update("jax_compilation_cache_dir", str(kept))

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from mtp_jax.config import Config
 from mtp_jax.data.batches import Batch
 from mtp_jax.data.documents import Document
+from mtp_jax.files import read_json
 from mtp_jax.model.base import Base
-from mtp_jax.model.folder import read_json
 from mtp_jax.model.folder_writer import parameter_count, write_folder
 from mtp_jax.model.weights import Params
 from mtp_jax.mtp.adapter import init_adapter

@@ -22,9 +22,10 @@ from mtp_jax.errors import UserError
 from mtp_jax.exporting import base_files
 from mtp_jax.exporting import folder as exporting_folder
 from mtp_jax.exporting.source import find_source
+from mtp_jax.files import read_json
 from mtp_jax.model import folder_writer
 from mtp_jax.model.base import open_base
-from mtp_jax.model.folder import INDEX, read_json, stored_tensors
+from mtp_jax.model.folder import INDEX, stored_tensors
 from mtp_jax.mtp.adapter_folder import CONFIG, TENSORS, open_adapter
 
 

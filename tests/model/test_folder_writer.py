@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mtp_jax.files import read_json
 from mtp_jax.model import folder_writer
-from mtp_jax.model.folder import INDEX, SINGLE, read_json, stored_tensors
+from mtp_jax.model.folder import INDEX, SINGLE, stored_tensors
 from mtp_jax.model.folder_writer import write_folder
 
 CASES = {
