@@ -367,8 +367,8 @@ def completion() -> str:
     """A completion of the bundled model by its ready adapter, as the terminal shows it, in SVG."""
     generator = load("bundled:stdlib-5m", adapter="bundled:stdlib-5m", plan=quadratic(4), dtype="float32")
     console = Console(record=True, width=100, file=io.StringIO(), highlight=False)
-    writer = PassWriter(generator.tokenizer, console)
     [done] = generator([PROMPT], 96)
+    writer = PassWriter(generator.tokenizer, console, done.prompt_ids, shown=False)
     console.print(Text(PROMPT), end="")
     writer(done.token_ids, done.emitted_by)
     writer.finish()

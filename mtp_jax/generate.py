@@ -141,25 +141,19 @@ def _print_all(
     done: list[Completion] = []
     for at in range(0, len(prompts), size):
         batch = prompts[at : at + size]
-        if not a.json and len(batch) == 1:
-            console.print(Text(generator.tokenizer.decode(batch[0], skip_special_tokens=True), "dim"), end="")
-        if a.stream:
-            writer = PassWriter(generator.tokenizer, console)
-            done += generator.complete(batch, a.max_new_tokens, 1, sampling, at, writer)
-            writer.finish()
-        else:
-            if a.compare:  # compiles
-                generator.complete(batch, a.max_new_tokens, size, sampling, at)
-            done += generator.complete(batch, a.max_new_tokens, size, sampling, at)
-        for ids, completion in zip(batch, done[at:], strict=True):
+        writer = None if a.json or size > 1 else PassWriter(generator.tokenizer, console, batch[0])
+        if a.compare:  # compiles
+            generator.complete(batch, a.max_new_tokens, size, sampling, at)
+        done += generator.complete(batch, a.max_new_tokens, size, sampling, at, writer if a.stream else None)
+        for completion in done[at:]:
             if a.json:
                 print(json.dumps(_record(generator, completion), ensure_ascii=False), flush=True)
-            elif not a.stream:
-                if len(batch) > 1:
-                    console.print(Text(generator.tokenizer.decode(ids, skip_special_tokens=True), "dim"), end="")
-                writer = PassWriter(generator.tokenizer, console)
+                continue
+            writer = writer or PassWriter(generator.tokenizer, console, completion.prompt_ids)
+            if not a.stream:
                 writer(completion.token_ids, completion.emitted_by)
-                writer.finish()
+            writer.finish()
+            writer = None
         if not a.json:
             console.print(Text(speed_line(done[at:], str(plan)) + "\n", "green"))
     if a.compare:
@@ -210,7 +204,7 @@ def _chat(generator: "Generator", a: argparse.Namespace, sampling: "Sampling | N
         ids = generator.encode(messages, "the conversation")
         if named == "auto" and len(messages) == 1:
             generator = _chosen(generator, [ids], a)
-        writer = PassWriter(generator.tokenizer, console)
+        writer = PassWriter(generator.tokenizer, console, ids, shown=False)
         done = generator.complete([ids], a.max_new_tokens, 1, sampling, len(messages), writer)
         writer.finish()
         console.print(Text(speed_line(done, str(generator.options.plan)) + "\n", "green"))

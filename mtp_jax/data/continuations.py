@@ -3,8 +3,9 @@
 Drafts are verified against what the base model would write next, and its own text holds exactly that at every token.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +13,20 @@ import numpy as np
 
 from mtp_jax.config import Continuations
 from mtp_jax.data.datasets import SourceDocuments, Stream, first_line
-from mtp_jax.data.documents import Completion, Content, Document, Documents
+from mtp_jax.data.documents import Completion, Content, Document, Documents, Tokens
 from mtp_jax.data.tokens import Encoder
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, warn
 from mtp_jax.storage import local
+from mtp_jax.text import added_text
 
 _FRUITLESS = 1000  # consecutive documents that give no prompt, before giving up
+_CHECKED = 1000  # continuations that are compared with the tokenizer, spread evenly over the file
+_OLD_KEYS = ("prompt", "completion")
+_KEYS = (*_OLD_KEYS, "prompt_ids", "completion_ids")
 
 
 class Prompt(NamedTuple):
-    """A prompt as a file of continuations holds it, and as the tokenizer reads it back."""
+    """What the model continues: token ids, and their text for people."""
 
     text: str
     tokens: list[int]
@@ -32,13 +37,14 @@ def choose_prompts(
 ) -> Iterator[Prompt]:
     """`wanted.count` prompts from training documents; every document is used once before any is used again.
 
-    A text gives a window of `prompt_tokens` that ends anywhere, a prompt with completion its prompt, and a conversation
-    everything up to one of the assistant's turns.
+    A text gives a window of `prompt_tokens` that ends anywhere, behind what the tokenizer puts before a text, a prompt
+    with completion its prompt, and a conversation everything up to one of the assistant's turns.
 
     Raises:
         UserError: no document is long enough for a prompt, or short enough for the model's context.
     """
     draw, encode = np.random.default_rng(seed), Encoder(tokenizer)
+    before = _before_a_text(tokenizer)
     share = np.asarray(weights) / np.sum(weights)
     turns = [_turns(source, draw) for source in sources]
     chosen = fruitless = 0
@@ -46,13 +52,15 @@ def choose_prompts(
         tokens, supervised, _ = encode(next(turns[int(draw.choice(len(sources), p=share))]))
         starts = np.flatnonzero(supervised[1:] & ~supervised[:-1]) + 1
         if len(starts):
-            ids = tokens[: draw.choice(starts)]
+            ids = tokens[: draw.choice(starts)].tolist()
         else:
+            while len(tokens) > 1 and tokens[-2] == tokenizer.eos_token_id:  # some tokenizers add it too
+                tokens = tokens[:-1]
             ends = np.arange(wanted.prompt_tokens, len(tokens))
             end = int(draw.choice(ends)) if len(ends) else 0
-            ids = tokens[max(0, end - wanted.prompt_tokens) : end]
-        prompt = _as_stored(ids, tokenizer)
-        if not len(ids) or len(prompt.tokens) >= context - 1:
+            start = max(0, end - wanted.prompt_tokens)
+            ids = (before if start else []) + tokens[start:end].tolist()
+        if not ids or len(ids) >= context - 1:
             fruitless += 1
             if fruitless == _FRUITLESS:
                 raise UserError(
@@ -61,7 +69,8 @@ def choose_prompts(
                 )
             continue
         chosen, fruitless = chosen + 1, 0
-        yield prompt
+        shown = ids[len(before) :] if ids[: len(before)] == before else ids
+        yield Prompt(tokenizer.decode(shown, clean_up_tokenization_spaces=False), ids)
 
 
 def _turns(source: SourceDocuments, draw: np.random.Generator) -> Iterator[Document]:
@@ -73,18 +82,15 @@ def _turns(source: SourceDocuments, draw: np.random.Generator) -> Iterator[Docum
             yield from (source[number] for number in reversed(draw.permutation(len(source)).tolist()))
 
 
-def _as_stored(ids: np.ndarray, tokenizer: Any) -> Prompt:
-    """A prompt as it comes back from a file of text: its tokens are those that training reads from there."""
-    text = tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
-    tokens = tokenizer(text, verbose=False)["input_ids"]
-    begin = tokenizer.bos_token
-    if begin is not None and tokens[:2] == [tokenizer.bos_token_id] * 2:  # in the text, and added to it
-        text = text.removeprefix(begin)
-        tokens = tokenizer(text, verbose=False)["input_ids"]
-    # What the tokenizer adds at the end of a text does not belong at the end of a prompt.
-    if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id and ids[-1] != tokens[-1]:
-        tokens = tokens[:-1]
-    return Prompt(text, list(tokens))
+def _before_a_text(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts before a text."""
+    found = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    pairs = zip(found["input_ids"], found["special_tokens_mask"], strict=True)
+    return [id_ for id_, _ in itertools.takewhile(lambda pair: pair[1], pairs)]
+
+
+def _added(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    return added_text(tokenizer, prompt, new, clean_up_tokenization_spaces=False)
 
 
 # ---- the file
@@ -97,9 +103,11 @@ def count_written(path: Path, prompts: list[Prompt]) -> int:
         UserError: a finished file that holds other continuations.
     """
     finished = path.exists()
-    records = _whole_records(path if finished else _part(path))
+    # A finished file without token ids, as older versions wrote it, stays; one that was cut off begins anew.
+    records = _whole_records(path, (_KEYS, _OLD_KEYS)) if finished else _whole_records(_part(path), (_KEYS,))
     ours = len(records) <= len(prompts) and all(
-        record["prompt"] == prompt.text for record, prompt in zip(records, prompts, strict=False)
+        record["prompt"] == prompt.text and record.get("prompt_ids", prompt.tokens) == prompt.tokens
+        for record, prompt in zip(records, prompts, strict=False)
     )
     if finished and not (ours and len(records) == len(prompts)):
         raise UserError(f"{path}: holds other continuations than this config asks for; remove it or name another file.")
@@ -149,24 +157,24 @@ def _part(path: Path) -> Path:
 
 
 def _record(prompt: Prompt, completion: list[int], tokenizer: Any) -> str:
-    """A line of the file; a stop token that was written is part of it."""
-    text = tokenizer.decode(completion, clean_up_tokenization_spaces=False)
-    return json.dumps({"prompt": prompt.text, "completion": text}, ensure_ascii=False) + "\n"
+    """A line of the file; a stop token that was written is part of it. Training reads the ids, people the text."""
+    values = (prompt.text, _added(tokenizer, prompt.tokens, completion), prompt.tokens, completion)
+    return json.dumps(dict(zip(_KEYS, values, strict=True)), ensure_ascii=False) + "\n"
 
 
-def _whole_records(path: Path) -> list[dict[str, str]]:
+def _whole_records(path: Path, kinds: tuple[tuple[str, ...], ...]) -> list[dict[str, Any]]:
     """The records of a file that may have been cut off anywhere."""
-    records: list[dict[str, str]] = []
+    records: list[dict[str, Any]] = []
     if not path.exists():
         return records
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            records.append(json.loads(line) if line.endswith(b"\n") else {})
+            record = json.loads(line) if line.endswith(b"\n") else {}
         except ValueError:
             break
-        if records[-1].keys() != {"prompt", "completion"}:
-            records.pop()
+        if tuple(record) not in kinds:
             break
+        records.append(record)
     return records
 
 
@@ -179,9 +187,15 @@ class Continuation(Document):
         self.table, self.number = table, number
         self.name = f"continuations#{number}"
 
+    def text(self) -> str:
+        values = self.table[self.number]
+        return values["prompt"] + values["completion"]
+
     def content(self) -> Content:
         values = self.table[self.number]
-        return Completion(values["prompt"], values["completion"], whole=False)
+        if values.get("prompt_ids") is None:
+            return Completion(values["prompt"], values["completion"], whole=False)
+        return Tokens(values["prompt_ids"], values["completion_ids"])
 
 
 def read_continuations(wanted: Continuations) -> Documents:
@@ -202,7 +216,7 @@ def read_continuations(wanted: Continuations) -> Documents:
         table = load_dataset("json", data_files=str(path), split="train")
     except Exception as error:  # whatever the library raises, the file is at fault
         raise UserError(f"data.continuations.path: {wanted.path}: cannot be read ({first_line(error)}).") from error
-    if set(table.column_names) != {"prompt", "completion"}:
+    if set(table.column_names) not in (set(_KEYS), set(_OLD_KEYS)):
         raise UserError(
             f"data.continuations.path: {wanted.path}: should hold the prompts and completions that "
             f"`python -m mtp_jax.regenerate` writes; its columns are {', '.join(table.column_names)}."
@@ -210,3 +224,33 @@ def read_continuations(wanted: Continuations) -> Documents:
     if not len(table):
         raise UserError(f"data.continuations.path: {wanted.path}: is empty; remove it and regenerate.")
     return Documents(len(table), lambda number: Continuation(table, number))
+
+
+def check_continuations(found: Sequence[Document], tokenizer: Any) -> None:
+    """Compare a sample of a file with the tokenizer: warn of text whose tokens may not be those that the model wrote.
+
+    Raises:
+        UserError: token ids of another tokenizer.
+    """
+    count = min(_CHECKED, len(found))
+    doubtful = 0
+    for document in (found[n * len(found) // count] for n in range(count)):
+        assert isinstance(document, Continuation)
+        content, text = document.content(), document.table[document.number]["completion"]
+        if isinstance(content, Completion):
+            doubtful += not _comes_back(content, tokenizer)
+        elif isinstance(content, Tokens) and _added(tokenizer, content.prompt, content.completion) != text:
+            raise UserError(f"{document.name}: its token ids are of another tokenizer; regenerate the file.")
+    if doubtful:
+        warn(
+            f"data.continuations: {doubtful} of {count} are text alone, of an older version, whose tokens may differ "
+            "from those that the model wrote; regenerate the file."
+        )
+
+
+def _comes_back(content: Completion, tokenizer: Any) -> bool:
+    """Whether the tokens of a text can be only those of its prompt and, behind them, of its completion."""
+    prompt = tokenizer(content.prompt, verbose=False)["input_ids"]
+    new = tokenizer(content.completion, add_special_tokens=False, verbose=False)["input_ids"]
+    same = tokenizer(content.prompt + content.completion, verbose=False)["input_ids"] == prompt + new
+    return same and _added(tokenizer, prompt, new) == content.completion

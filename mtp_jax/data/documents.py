@@ -36,13 +36,20 @@ class Completion(NamedTuple):
     whole: bool = True  # the text ends here; otherwise it was cut off, or contains its own end
 
 
+class Tokens(NamedTuple):
+    """Token ids; those of the completion are supervised, and nothing is added."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
 class Conversation(NamedTuple):
     """The tokens of the assistant's turns are supervised."""
 
     messages: list[dict[str, Any]]
 
 
-Content = Text | Completion | Conversation
+Content = Text | Completion | Tokens | Conversation
 
 
 class Document(ABC):
@@ -58,7 +65,7 @@ class Document(ABC):
 
     def text(self) -> str:
         """All of its text, without any template."""
-        content = self.content()
+        content: Any = self.content()
         if isinstance(content, Conversation):
             return "\n".join(str(message.get("content", "")) for message in content.messages)
         return "".join(content[:2])

@@ -22,6 +22,7 @@ from mtp_jax.locate import SETTINGS, find_folder
 from mtp_jax.model.folder import load_tokenizer, read_geometry
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.storage import local
+from mtp_jax.text import added_text
 
 _SAMPLE = 500  # documents of a source that are counted, spread evenly over it
 _BATCHES = 16  # batches that are counted
@@ -225,7 +226,8 @@ def _document(batch: Batch, sequence: int, rows: np.ndarray, tokenizer: Any, pla
     for place in range(start, min(len(rows), start + _SHOWN)):
         if plain and predicted[place] and not (place > start and predicted[place - 1]):
             text.append("«")
-        token = tokenizer.decode([int(batch["tokens"][sequence][rows[place]])], clean_up_tokenization_spaces=False)
+        ids = batch["tokens"][sequence][rows[max(0, place - 1) : place + 1]].tolist()
+        token = added_text(tokenizer, ids[:-1], ids[-1:], clean_up_tokenization_spaces=False)
         anchored = rows[place] in anchors
         style = ("green" if predicted[place] else "dim") + (" reverse" if anchored else "")
         text.append(token + ("^" if plain and anchored else ""), style)

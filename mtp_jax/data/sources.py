@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mtp_jax.config import Data, Source
-from mtp_jax.data.continuations import Continuation, read_continuations
+from mtp_jax.data.continuations import Continuation, check_continuations, read_continuations
 from mtp_jax.data.datasets import Record, SourceDocuments, Stream, dataset_records
 from mtp_jax.data.documents import Content, Conversation, Document, Documents, Text, python_stdlib, text_files
 from mtp_jax.data.packing import TooLong
@@ -93,8 +93,9 @@ def check_supervision(
         where = f"data.sources.{i}"
         try:
             sample = _sample(source)
-            if isinstance(sample[0], Continuation):
+            if isinstance(sample[0], Continuation) and not isinstance(source, Stream):
                 where = "data.continuations"
+                check_continuations(source, tokenizer)
             elif not isinstance(source, Stream) and not isinstance(sample[0], Record):
                 continue
             number = "streamed" if isinstance(source, Stream) else f"{len(source):,}"

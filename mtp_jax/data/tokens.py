@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from mtp_jax.data.documents import Completion, Conversation, Document
+from mtp_jax.data.documents import Completion, Conversation, Document, Tokens
 from mtp_jax.errors import UserError
 
 # Templates report what they mark through state that all threads share.
@@ -43,6 +43,9 @@ class Encoder:
             UserError: the document cannot be read or does not fit the chat template.
         """
         content = document.content()
+        if isinstance(content, Tokens):
+            tokens = np.asarray(content.prompt + content.completion, np.int32)
+            return Encoded(tokens, np.arange(len(tokens)) >= len(content.prompt))
         if isinstance(content, Conversation):
             template = self.chat
             try:

@@ -20,6 +20,7 @@ from mtp_jax.decoding.processors import NO_SETTINGS, Settings
 from mtp_jax.decoding.sampling import SamplingKind, Tempering
 from mtp_jax.errors import UserError
 from mtp_jax.mtp.estimate import mean_tokens
+from mtp_jax.text import added_text
 
 _SMALLEST_BUCKET = 32
 _STEPS_BETWEEN_LOOKS = 4
@@ -36,6 +37,7 @@ class Completion:
     accepted: list[int]  # how many steps emitted 0, 1, ... drafts
     prefill_seconds: float  # of the whole batch this prompt was in, compilation excluded
     seconds: float  # of its decoding steps
+    prompt_ids: Sequence[int] = ()
 
     @property
     def tokens_per_step(self) -> float:
@@ -126,8 +128,8 @@ class Generator:
         return list(ids)
 
     def text(self, completion: Completion) -> str:
-        """The new tokens as text, special tokens left out."""
-        return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        """What the new tokens add to the prompt's text, special tokens left out."""
+        return added_text(self.tokenizer, completion.prompt_ids, completion.token_ids, skip_special_tokens=True)
 
     def __call__(
         self,
@@ -208,6 +210,7 @@ class Generator:
                 accepted[i].tolist(),
                 prefilled - begin,
                 seconds,
+                prompts[i],
             )
             for i in range(len(prompts))
         ]

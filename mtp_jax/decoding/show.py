@@ -1,44 +1,43 @@
 """Completions on a terminal: each pass's tokens in a colour of their own."""
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
+from rich.segment import Segment, Segments
 
 from mtp_jax.decoding.generator import Completion, tokens_per_step
 from mtp_jax.decoding.plan import BlockPlan
+from mtp_jax.text import TextStream
 
 # Neighbouring passes differ; the token of prefill and what is not yet a whole character stay as they are.
 _COLOURS = ("green", "cyan", "yellow", "magenta")
 
 
 class PassWriter:
-    """Writes tokens as they come. Text appears when its characters are complete."""
+    """Writes tokens behind a prompt as they come. Text appears when its characters are complete."""
 
-    def __init__(self, tokenizer: Any, console: Console):
-        self.tokenizer, self.console = tokenizer, console
-        self.ids: list[int] = []
-        self.shown = 0  # characters
+    def __init__(self, tokenizer: Any, console: Console, prompt: Sequence[int], shown: bool = True):
+        """With `shown`, the prompt's text is written too."""
+        self.stream, self.console = TextStream(tokenizer, prompt, skip_special_tokens=True), console
+        self.prompt_style: str | None = "dim" if shown else None
+        self._write((self.stream.prompt, ""))
 
     def __call__(self, tokens: list[int], emitted_by: list[int]) -> None:
         """Write new tokens; `emitted_by` is the decoding step of each."""
-        at = 0
-        while at < len(tokens):
-            step, end = emitted_by[at], at
-            while end < len(tokens) and emitted_by[end] == step:
-                end += 1
-            self.ids += tokens[at:end]
-            at = end
-            text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):
-                style = _COLOURS[step % len(_COLOURS)] if step else ""
-                self.console.print(Text(text[self.shown :], style), end="")
-                self.shown = len(text)
+        for step, run in groupby(zip(tokens, emitted_by, strict=True), key=lambda pair: pair[1]):
+            self._write(self.stream([token for token, _ in run]), _COLOURS[step % len(_COLOURS)] if step else "")
 
     def finish(self) -> None:
         """Write what was held back, and end the line."""
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        self.console.print(Text(text[self.shown :]))
+        self._write(self.stream.finish())
+        self.console.print()
+
+    def _write(self, texts: tuple[str, str], style: str = "") -> None:
+        for text, of in zip(texts, (self.prompt_style, style), strict=True):
+            if text and of is not None:  # as it is: `Text` would expand tabs
+                self.console.print(Segments([Segment(text, self.console.get_style(of))]), end="")
 
 
 def speed_line(done: list[Completion], plan: str) -> str:

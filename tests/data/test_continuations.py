@@ -1,15 +1,24 @@
 """Continuations by the base model: where prompts come from, what is written, how training reads it."""
 
 import json
+import random
 
 import numpy as np
 import pytest
 from conftest import listing, read_lines
+from kinds import CORPUS, KINDS, texts
 
 from mtp_jax.api import load
 from mtp_jax.config import Continuations, Data
 from mtp_jax.config_file import validate
-from mtp_jax.data.continuations import Prompt, choose_prompts, count_written, read_continuations, write_continuations
+from mtp_jax.data.continuations import (
+    Prompt,
+    check_continuations,
+    choose_prompts,
+    count_written,
+    read_continuations,
+    write_continuations,
+)
 from mtp_jax.data.documents import Completion, Conversation, Document, Text
 from mtp_jax.data.sources import read_sources, source_documents
 from mtp_jax.data.tokens import Encoder
@@ -63,9 +72,10 @@ def test_a_file_holds_what_the_base_model_goes_on_with(command, write_config, tr
     training, held_out = read_sources(Data(**{**tree["data"], "continuations": None}))
     texts = [document.text() for document in training[0]]
     for line in lines:
-        (alone,) = generator([line["prompt"]], 9)
-        written = generator.tokenizer.decode(alone.token_ids, clean_up_tokenization_spaces=False)
-        assert line["completion"] == written and written
+        (alone,) = generator.complete([line["prompt_ids"]], 9, 1)
+        assert line["completion_ids"] == alone.token_ids and line["completion"]
+        whole = generator.tokenizer.decode(line["prompt_ids"] + line["completion_ids"])
+        assert whole.endswith(line["prompt"] + line["completion"])
         assert any(line["prompt"] in text for text in texts)
     assert not any(line["prompt"] in document.text() for line in lines for document in held_out)
 
@@ -121,7 +131,10 @@ def test_a_file_is_called_otherwise_until_it_is_whole(tmp_path):
     assert count_written(out, numbered(5)[::-1]) == 0  # of other prompts
     write_continuations(out, prompts, Letters, complete, 2)
     assert asked == [[0, 1], [2, 3], [2, 3], [4]] and list(listing(out.parent)) == ["made.jsonl"]
-    assert read_lines(out) == [{"prompt": f"p{i}", "completion": letter * 2} for i, letter in enumerate("abcde")]
+    assert read_lines(out) == [
+        {"prompt": f"p{i}", "completion": letter * 2, "prompt_ids": [i], "completion_ids": [i, i]}
+        for i, letter in enumerate("abcde")
+    ]
     write_continuations(out, prompts, Letters, complete, 2)
     assert len(asked) == 4
     for others in (prompts[:4], numbered(6), prompts[::-1]):
@@ -137,15 +150,112 @@ def test_training_reads_them_and_evaluates_on_held_out_documents(command, write_
     assert last["step"] == 12 and 1 <= last["held_out_tokens_per_step"]["2"] <= 3
 
 
-def test_only_the_continuation_is_supervised_and_nothing_is_added(tmp_path, small_tokenizer):
+# ---- what is trained on is what was written
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A function that writes lines to a file and reads them as training does."""
+
+    def write(lines):
+        file = tmp_path / "made.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return read_continuations(Continuations(path=str(file)))
+
+    return write
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_ids_are_the_written_ids(tmp_path, kind):
+    tokenizer, draw = KINDS[kind](), random.Random(0)
+    documents = [Text(text) for text in texts(50)]
+    documents += [Completion(text, " and more") for text in texts(50, seed=1)]
+    prompts = prompts_of(documents, tokenizer, 100, prompt_tokens=3)
+    written = []
+
+    def complete(batch):
+        written.extend(draw.choices(range(3, len(tokenizer)), k=draw.randint(1, 20)) for _ in batch)
+        return written[-len(batch) :]
+
     file = tmp_path / "made.jsonl"
-    file.write_text(json.dumps({"prompt": "the cat", "completion": " sat on the mat"}) + "\n")
-    (document,) = read_continuations(Continuations(path=str(file)))
+    write_continuations(file, prompts, tokenizer, complete, 8)
+    read = read_continuations(Continuations(path=str(file)))
+    check_continuations(read, tokenizer)
+    encoded = [Encoder(tokenizer)(document) for document in read]
+    assert [found.tokens.tolist() for found in encoded] == [
+        p.tokens + new for p, new in zip(prompts, written, strict=True)
+    ]
+    assert [found.supervised.sum() for found in encoded] == [len(new) for new in written]
+    for document, prompt, new in zip(read, prompts, written, strict=True):
+        before, whole = (tokenizer.decode(ids) for ids in (prompt.tokens, prompt.tokens + new))
+        if whole.startswith(before) and not tokenizer.clean_up_tokenization_spaces:
+            assert whole.endswith(document.text()) and document.text() == prompt.text + whole[len(before) :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_begin_as_texts_do_and_hold_the_documents_tokens(kind):
+    tokenizer = KINDS[kind]()
+    text = "the cat sat on the mat, and the dog's bed isn't there"
+    ids = tokenizer(text)["input_ids"]
+    for prompt in prompts_of([Text(text)], tokenizer, 8, prompt_tokens=5):
+        assert prompt.tokens[0] == tokenizer.bos_token_id and len(prompt.tokens) in (5, 6)
+        inside = prompt.tokens[-5:]
+        assert any(ids[i : i + 5] == inside for i in range(len(ids)))
+        assert "<s>" not in prompt.text
+
+
+def test_files_of_older_versions_are_read_as_text(made, small_tokenizer, capsys):
+    (document,) = read = made([{"prompt": "the cat", "completion": " sat on the mat"}])
     tokens, supervised, _ = Encoder(small_tokenizer)(document)
     ids = small_tokenizer("the cat sat on the mat")["input_ids"]
     assert tokens.tolist() == ids
     inside = len(small_tokenizer("the cat")["input_ids"])
     assert supervised.tolist() == [False] * inside + [True] * (len(ids) - inside)
+    check_continuations(read, small_tokenizer)
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "unigram"])
+def test_text_that_may_have_other_tokens_is_counted(made, kind, capsys):
+    tokenizer = KINDS[kind]()
+    lines, wrong = [], 0
+    for text in CORPUS * 2:
+        ids = tokenizer(text)["input_ids"]
+        at = len(ids) // 2
+        lines.append({"prompt": text[: len(text) // 2], "completion": tokenizer.decode(ids[at:])})
+        prompt = tokenizer(lines[-1]["prompt"])["input_ids"]
+        read = tokenizer(lines[-1]["prompt"] + lines[-1]["completion"])["input_ids"]
+        wrong += read != prompt + ids[at:]
+    check_continuations(made(lines), tokenizer)
+    line = capsys.readouterr().err.partition("warning: ")[2]
+    counted = int(line.split()[1]) if line else 0  # data.continuations: N of ...
+    assert counted >= wrong and ("older version" in line) == bool(counted)
+    assert counted or kind == "byte_level"
+
+
+def test_a_file_of_another_tokenizer_is_refused(made):
+    mine, other = KINDS["byte_level"](), KINDS["word_pieces"]()
+    ids = mine("the cat sat on the mat")["input_ids"]
+    line = {"prompt": "the cat", "completion": " sat on the mat", "prompt_ids": ids[:3], "completion_ids": ids[3:]}
+    line["completion"] = mine.decode(ids)[len(mine.decode(ids[:3])) :]
+    check_continuations(made([line]), mine)
+    with pytest.raises(UserError, match=r"continuations#0: .* another tokenizer"):
+        check_continuations(made([line]), other)
+
+
+def test_an_older_versions_file_stays_and_its_half_begins_anew(tmp_path):
+    out, prompts = tmp_path / "made.jsonl", numbered(2)
+    old = "".join(json.dumps({"prompt": prompt.text, "completion": "x"}) + "\n" for prompt in prompts)
+    part = tmp_path / "made.jsonl.part"
+    part.write_text(old[: len(old) // 2])
+    assert count_written(out, prompts) == 0
+    out.write_text(old)
+    assert count_written(out, prompts) == 2
+    write_continuations(out, prompts, Letters, list, 2)
+    assert out.read_text() == old
+
+
+# ---- where prompts come from
 
 
 def test_documents_take_turns(small_tokenizer):

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from kinds import KINDS
 
 import mtp_jax
 from mtp_jax.decoding.generator import Completion
@@ -58,6 +59,26 @@ def test_prompt_text_and_speed_are_printed(command, small_folder):
     assert outcome.code == 0, outcome
     assert outcome.out.startswith("the [bold]cat[/]" + generator.text(generator(["the [bold]cat[/]"], 4)[0]))
     assert "tokens/s]" in outcome.out
+
+
+def test_text_continues_the_prompt_where_decoding_strips_a_space(command, file, models, tmp_path):
+    tokenizer = KINDS["word_pieces"]()
+    models.make("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def text(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    path = file(*[json.dumps({"prompt": prompt}) for prompt in PROMPTS])
+    how = ("--model", tmp_path, "--prompts", path, "--max-new-tokens", 12)
+    records = [json.loads(line) for line in command("generate", *how, "--json").out.splitlines()]
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    wholes = [text(ids + record["token_ids"]) for ids, record in zip(encoded, records, strict=True)]
+    assert wholes == [text(ids) + record["text"] for ids, record in zip(encoded, records, strict=True)]
+    assert any(record["text"] != text(record["token_ids"]) for record in records)  # decoded alone: without the space
+    for more in ((), ("--stream",), ("--batch-size", 3)):
+        out = command("generate", *how, *more).out
+        assert all(f"{whole}\n" in out for whole in wholes)
 
 
 def test_chat_messages_go_through_the_chat_template(command, file, small_folder, small_tokenizer, tmp_path):
