@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from mtp_jax.errors import UserError
 from mtp_jax.files import read_json
 from mtp_jax.locate import find_folder
 from mtp_jax.model.folder import (
@@ -45,10 +46,13 @@ class Base:
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
-        """Token ids that end a text."""
+        """Token ids that end a text; raises UserError where they are none."""
         found = self.generation.get("eos_token_id")
         found = self.config.get("eos_token_id") if found is None else found
-        return () if found is None else tuple(found) if isinstance(found, list) else (found,)
+        stops = () if found is None else tuple(found) if isinstance(found, list) else (found,)
+        if not all(isinstance(stop, int) and -(2**31) <= stop < 2**31 for stop in stops):
+            raise UserError(f"{self.folder}: eos_token_id {found!r} should be a token id or a list of token ids.")
+        return stops
 
     @cached_property
     def generation(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a checkpoint's `config.json` says about the shape of its model; nothing comes from anywhere else."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +61,21 @@ class Geometry:
         """Read a Hugging Face config, in the spelling of transformers 4 or 5.
 
         Raises:
-            UserError: an architecture, quantisation or option that this decoder does not compute, or missing sizes.
+            UserError: an architecture, quantisation or option that this decoder does not compute, missing sizes, or
+                values of the wrong kind.
         """
+        try:
+            return cls._from_config(config, where)
+        except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
+            raise UserError(f"{where}: holds a value of the wrong kind ({error}).") from error
+
+    @classmethod
+    def _from_config(cls, config: dict[str, Any], where: str) -> "Geometry":
         family = config.get("model_type")
         if family not in FAMILIES:
+            names = ", ".join(map(str, config.get("architectures") or ["no name given"]))
             raise UserError(
-                f"{where}: the architecture {family!r} ({', '.join(config.get('architectures') or ['no name given'])}) "
+                f"{where}: the architecture {family!r} ({names}) "
                 f"is not supported; the supported model_type values are {', '.join(FAMILIES)}."
             )
         if quantised := config.get("quantization_config"):
@@ -101,7 +111,7 @@ class Geometry:
             H=H,
             F=F,
             max_positions=max_positions,
-            norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+            norm_epsilon=read.number("rms_norm_eps", 1e-6),
             rope=rope,
             windows=windows,
             tied=bool(config.get("tie_word_embeddings", False)),
@@ -109,7 +119,7 @@ class Geometry:
             o_bias=attention_bias,
             mlp_bias=bool(read.config.get("mlp_bias", False)),
             qk_norm=family == "qwen3",
-            init_scale=float(config.get("initializer_range", 0.02)),
+            init_scale=read.number("initializer_range", 0.02),
         )
 
 
@@ -127,6 +137,13 @@ class _Reader:
             self.faults.append(f"{self.where}: {key} {said}, but a whole number of at least 1 is needed.")
             return 1
         return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.config.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"{key} is {value!r}, but a number of at least 0 is needed")
+        return float(value)
 
 
 def _windows(family: str, read: _Reader, L: int) -> tuple[int | None, ...]:
