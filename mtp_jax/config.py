@@ -11,8 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 # What a record of a dataset may be, best first, and our names of the columns that it takes.
 FORMS = {"conversation": ("messages",), "completion": ("prompt", "completion"), "text": ("text",)}
+FORMS |= {"sharegpt": ("conversations",)}
+TOOLS = "tools"  # our name of the column that a conversation may have beside
 # How data files end, and what the `datasets` library calls their format.
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 
 class _Section(BaseModel):
@@ -55,7 +57,7 @@ class Source(_Section):
     separator: str | None = None  # text: what parts a file into documents; without it a file is one document
     weight: float = Field(default=1.0, gt=0)  # share of the mixture, by documents
     streaming: bool = False  # dataset: records are read in order while training runs, and not stored
-    columns: dict[str, str] = {}  # dataset: from messages, prompt, completion or text to the dataset's own names
+    columns: dict[str, str] = {}  # dataset: from our names (FORMS, TOOLS) to the dataset's own
 
 
 class Continuations(_Section):
@@ -72,6 +74,8 @@ class Data(_Section):
     continuations: Continuations | None = None  # trained on in place of the sources' own training documents
     held_out: float = Field(default=0.05, ge=0, lt=1)  # share of documents, chosen by a hash of their name
     too_long: Literal["split", "cut", "drop"] = "split"  # what becomes of documents longer than a sequence
+    bad_records: Literal["refuse", "skip"] = "refuse"  # those that cannot be trained on
+    bad_records_limit: int = Field(default=100, ge=1)  # so many are skipped, and no more
 
 
 class Lora(_Section):
@@ -251,7 +255,7 @@ def source_faults(source: Any, key: str) -> list[str]:
 
 
 def _dataset_faults(source: Any, key: str) -> list[str]:
-    faults, known = [], [name for names in FORMS.values() for name in names]
+    faults, known = [], [name for names in FORMS.values() for name in names] + [TOOLS]
     if (source.name is None) == (source.path is None):
         faults.append(
             f"{key}: a dataset source takes exactly one of name (of the Hugging Face hub) and path (files that end in "

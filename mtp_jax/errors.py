@@ -20,6 +20,10 @@ class UserError(Exception):
         self.faults = faults
 
 
+class BadRecord(UserError):
+    """A document or prompt that cannot be used, though others beside it may be."""
+
+
 class Unreachable(UserError):
     """A temporary failure, such as a lost process or an unreachable bucket: rerun the command (EX_TEMPFAIL)."""
 

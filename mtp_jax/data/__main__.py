@@ -33,7 +33,7 @@ def main() -> None:
     training, held_out = read_sources(config.data)
     tokenizer, origin = preview.preview_tokenizer(config, training)
     console.print(f"tokenizer: {origin}", markup=False)
-    for line in check_supervision(training, tokenizer, config.train.sequence_length, config.data.too_long):
+    for line in check_supervision(training, tokenizer, config.train.sequence_length, config.data.too_long, held_out):
         console.print(line, markup=False)
     sequences = preview.survey_sequences(config, training, tokenizer, arguments.all)
     batch, names = next(sequences)

@@ -308,7 +308,8 @@ class Batches(grain.DatasetIterator):
 
     def __init__(self, lanes: _Lanes):
         super().__init__()
-        self.too_long = lanes.too_long
+        self.too_long, first = lanes.too_long, lanes.sources[0]
+        self.bad_records = (first if isinstance(first, Stream) else first[0]).bad_records  # of all sources
         self.inner = grain.experimental.ThreadPrefetchDatasetIterator(lanes, _BATCHES_AHEAD)
         # A thread within native code while Python shuts down would abort the process.
         weakref.finalize(self, self.inner.close)
@@ -355,7 +356,7 @@ class Batches(grain.DatasetIterator):
         where = "" if len(lanes.states) == lanes.batch_size else "of this process: "
         return (
             f"{where}{n:,} documents read, {counts['too_long']:,} longer than a sequence ({done}), "
-            f"{counts['unused']:,} with nothing to train on"
+            f"{counts['unused']:,} with nothing to train on{self.bad_records.summary()}"
         )
 
     def close(self) -> None:

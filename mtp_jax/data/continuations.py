@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtp_jax.config import Continuations
-from mtp_jax.data.datasets import SourceDocuments, Stream, first_line
+from mtp_jax.data.datasets import SourceDocuments, Stream, reason
 from mtp_jax.data.documents import Completion, Content, Document, Documents, Tokens
 from mtp_jax.data.tokens import Encoder
 from mtp_jax.errors import UserError, warn
@@ -215,7 +215,7 @@ def read_continuations(wanted: Continuations) -> Documents:
     try:
         table = load_dataset("json", data_files=str(path), split="train")
     except Exception as error:  # whatever the library raises, the file is at fault
-        raise UserError(f"data.continuations.path: {wanted.path}: cannot be read ({first_line(error)}).") from error
+        raise UserError(f"data.continuations.path: {wanted.path}: cannot be read ({reason(error)}).") from error
     if set(table.column_names) not in (set(_KEYS), set(_OLD_KEYS)):
         raise UserError(
             f"data.continuations.path: {wanted.path}: should hold the prompts and completions that "

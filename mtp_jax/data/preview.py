@@ -15,6 +15,7 @@ from mtp_jax.config import Config, TokenizerRecipe
 from mtp_jax.data.batches import Batch, anchors_of, training_batches
 from mtp_jax.data.datasets import SourceDocuments, Stream
 from mtp_jax.data.documents import Document
+from mtp_jax.data.sources import texts_of
 from mtp_jax.data.tokenizer import train_tokenizer
 from mtp_jax.data.tokens import Encoder
 from mtp_jax.errors import UserError
@@ -71,8 +72,7 @@ def preview_tokenizer(config: Config, training: list[SourceDocuments]) -> tuple[
     trained = f"{config.output_dir.rstrip('/')}/tokenizer"
     if storage.listing(trained) if storage.is_bucket(trained) else local(trained).is_dir():
         return load_tokenizer(local(trained), g), trained
-    texts = (document.text() for source in training for document in source)
-    return train_tokenizer(texts, recipe.vocabulary), f"trained now, {recipe.vocabulary} tokens"
+    return train_tokenizer(texts_of(training), recipe.vocabulary), f"trained now, {recipe.vocabulary} tokens"
 
 
 def survey_sources(config: Config, training: list[SourceDocuments], tokenizer: Any, every: bool) -> list[SourceFigures]:

@@ -1,6 +1,7 @@
 """Tokenise a document and mark the tokens that carry loss: the supervised ones."""
 
 import copy
+import os.path
 import re
 import threading
 from functools import cached_property
@@ -9,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from mtp_jax.data.documents import Completion, Conversation, Document, Tokens
-from mtp_jax.errors import UserError
+from mtp_jax.data.documents import Completion, Conversation, Document, Text, Tokens
+from mtp_jax.encoding import refusal, render_chat, special_tokens
+from mtp_jax.errors import BadRecord, UserError
 
 # Templates report what they mark through state that all threads share.
 _RENDERING = threading.Lock()
@@ -18,7 +20,7 @@ _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Encoded(NamedTuple):
-    """The tokens of a document."""
+    """The tokens of a document; none of a bad record that is skipped."""
 
     tokens: Int[np.ndarray, " n"]  # int32
     supervised: Bool[np.ndarray, " n"]
@@ -37,39 +39,61 @@ class Encoder:
         return ChatTemplate(self.tokenizer)
 
     def __call__(self, document: Document) -> Encoded:
+        """What `encode` gives, or nothing of a bad record, as far as those may be skipped.
+
+        Raises:
+            UserError: the document cannot be read, or is one bad record too many.
+        """
+        try:
+            return self.encode(document)
+        except BadRecord as error:
+            document.bad_records.skip(document.name, error)
+            return Encoded(np.zeros(0, np.int32), np.zeros(0, bool))
+
+    def encode(self, document: Document) -> Encoded:
         """Texts and completions end with the end-of-text token, conversations as the template ends them.
 
         Raises:
-            UserError: the document cannot be read or does not fit the chat template.
+            UserError: the document cannot be read.
+            BadRecord: it holds what cannot be trained on, or does not fit the chat template.
         """
         content = document.content()
         if isinstance(content, Tokens):
             tokens = np.asarray(content.prompt + content.completion, np.int32)
             return Encoded(tokens, np.arange(len(tokens)) >= len(content.prompt))
-        if isinstance(content, Conversation):
-            template = self.chat
-            try:
-                chat = template.render(content.messages)
-            except UserError as error:
-                raise UserError(*(f"{document.name}: {fault}" for fault in error.faults)) from error
-            # The template writes special tokens itself, and ends a turn in its own way.
-            ids, offsets = self._located(chat.text)
-            supervised = np.zeros(len(ids), bool)
-            for start, end in chat.spans:
-                supervised |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
-            return Encoded(np.asarray(ids, np.int32), supervised, chat.rewritten)
-        text = "".join(content[:2])
-        ids = self.tokenizer(text, verbose=False)["input_ids"]
-        supervised = np.ones(len(ids), bool)
+        if not isinstance(content, Conversation):
+            return self._encode_text(content)
+        try:
+            chat = self.chat.render(*content)
+        except BadRecord as error:
+            raise BadRecord(f"{document.name}: {error}") from error
+        # The template writes special tokens itself, and ends a turn in its own way.
+        ids, offsets = self._located(chat.text)
+        supervised = np.zeros(len(ids), bool)
+        for start, end in chat.spans:
+            supervised |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+        return Encoded(np.asarray(ids, np.int32), supervised, chat.rewritten)
+
+    def _encode_text(self, content: Text | Completion) -> Encoded:
+        text, end = "".join(content[:2]), self.tokenizer.eos_token_id
         if isinstance(content, Completion):
-            inner, offsets = self._located(text)
-            begin = next(i for i in range(len(ids) - len(inner) + 1) if ids[i : i + len(inner)] == inner)
-            supervised[: begin + int(np.sum(offsets[:, 1] <= len(content.prompt)))] = False
-        if isinstance(content, Completion) and not content.whole:
-            return Encoded(np.asarray(ids, np.int32), supervised)
-        if (end := self.tokenizer.eos_token_id) is not None:
-            ids, supervised = [*ids, end], np.append(supervised, True)
-        return Encoded(np.asarray(ids, np.int32), supervised)
+            ids, offsets = self._located(text)
+            context = int(np.sum(offsets[:, 1] <= len(content.prompt)))
+        else:
+            ids, context = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]), 0
+        # What begins or ends a text stands there once, whether the text, the tokenizer or both have it.
+        before, after = self._special
+        if ids[: len(before)] != before:
+            ids, context = [*before, *ids], context + len(before) * bool(context)
+        ended = end is not None and text.rstrip().endswith(self.tokenizer.eos_token)
+        if not ended and not (isinstance(content, Completion) and not content.whole):
+            ids = [*ids, *after]
+            ids += [] if end is None or ids[-1:] == [end] else [end]
+        return Encoded(np.asarray(ids, np.int32), np.arange(len(ids)) >= context)
+
+    @cached_property
+    def _special(self) -> tuple[list[int], list[int]]:
+        return special_tokens(self.tokenizer)
 
     @cached_property
     def _locator(self) -> Any:
@@ -102,16 +126,19 @@ class Rendered(NamedTuple):
 
     text: str
     spans: list[tuple[int, int]]  # characters of the assistant's turns, ascending
-    rewritten: int  # assistant turns that the template renders differently once others follow: context, without a span
+    rewritten: int  # assistant turns that are context, without a span; see `ChatTemplate`
 
 
 class ChatTemplate:
     """A tokenizer's chat template.
 
     Its `{% generation %}` markers say what the assistant wrote. Without them a turn is found by prefix difference: what
-    rendering up to and including it adds to rendering up to it with the generation prompt. Some templates render a turn
-    differently once another message follows (they drop its reasoning): as the assistant never wrote it that way, such a
-    turn is not supervised.
+    rendering up to and including it adds to rendering up to it with the generation prompt. Where the template refuses
+    one of these prefixes or begins the turn in another way, a turn begins and ends where the rendering changes once a
+    mark stands in its place.
+
+    Some templates render a turn differently once another message follows (they drop its reasoning): as the assistant
+    never wrote it that way, such a turn is context, as is one that cannot be found.
 
     Raises:
         UserError: the tokenizer has no chat template, or several and none is the default.
@@ -123,55 +150,78 @@ class ChatTemplate:
                 "the tokenizer has no chat template, so messages cannot be formatted: use a model tuned for chat, set "
                 "chat_template in its tokenizer_config.json, or train on text or on prompts with completions."
             )
+        self.tokenizer = tokenizer
+        self.marked = _MARKER.search(self._template(None)) is not None
+
+    def _template(self, tools: Any) -> str:
         try:
-            self.template = tokenizer.get_chat_template()
+            return self.tokenizer.get_chat_template(tools=tools)
         except ValueError as error:
             raise UserError(f"the tokenizer's chat template cannot be chosen ({error}).") from error
-        self.special = tokenizer.special_tokens_map
-        self.marked = _MARKER.search(self.template) is not None
 
-    def render(self, messages: list[dict[str, Any]]) -> Rendered:
-        """Raises UserError where the template refuses a conversation or prefixes do not agree."""
-        if self.marked:
-            text, spans = self._render(messages, mark=True)
-            return Rendered(text, [span for span in spans if span[0] < span[1]], 0)
-        text, _ = self._render(messages)
-        spans, rewritten = [], 0
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, _ = self._render(messages[:i], prompt=True)
-            upto, _ = self._render(messages[: i + 1])
-            if not upto.startswith(before):
-                raise UserError(
-                    f"the chat template does not show what the assistant wrote in message {i}: rendered up to that "
-                    "message, the conversation does not begin with the messages before it and the generation prompt. "
-                    "Mark the assistant's part of the template with {% generation %} and {% endgeneration %}."
+    def render(self, messages: list[dict[str, Any]], tools: Any = None, context: int = 0) -> Rendered:
+        """The conversation, of which so many first messages are context; raises BadRecord where it is refused."""
+        template, turns = self._template(tools), [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if _MARKER.search(template):
+            text, spans = self._marks(template, messages, tools)
+            if turns and turns[0] < context:
+                spans = spans[len(self._marks(template, messages[:context], tools)[1]) :]
+        else:
+            turns = [i for i in turns if i >= context]
+            text = render_chat(self.tokenizer, messages, tools)
+            spans = [span for i in turns if (span := self._turn(messages, tools, i, text)) is not None]
+        for number, content in enumerate(message.get("content") for message in messages):
+            if content and not isinstance(content, str) and str(content) in text:
+                raise BadRecord(
+                    f"message {number}: the chat template takes its content for a text, and it is a "
+                    f"{type(content).__name__}; make it a text."
                 )
-            if text.startswith(upto):
-                spans.append((len(before), len(upto)))
-            else:
-                rewritten += 1
-        return Rendered(text, spans, rewritten)
+        rewritten = 0 if _MARKER.search(template) else len(turns) - len(spans)
+        return Rendered(text, [span for span in spans if span[0] < span[1]], rewritten)
 
-    def _render(
-        self, messages: list[dict[str, Any]], prompt: bool = False, mark: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def _turn(self, messages: list[dict[str, Any]], tools: Any, i: int, text: str) -> tuple[int, int] | None:
+        """Characters of the assistant's message i in the whole conversation; None where it does not stand there so."""
+        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+        spoken = {"role": "assistant", "content": mark}
+        marked = [*messages[:i], spoken, *messages[i + 1 :]]
+        upto = self._accepted(messages[: i + 1], tools)
+        if upto is None:  # found in the whole conversation
+            head, found, tail = self._accepted(marked, tools, "").partition(mark)
+            if not found or not (text.startswith(head) and text[len(head) :].endswith(tail)):
+                return None
+            # What ends a turn is what stands behind the mark in a last one.
+            before = messages[:-1] if messages[-1]["role"] == "assistant" else [{"role": "user", "content": "a"}]
+            ending, end = self._accepted([*before, spoken], tools, "").partition(mark)[2], len(text) - len(tail)
+            return len(head), end + (len(ending) if text.startswith(ending, end) else 0)
+        if not text.startswith(upto):
+            return None
+        before = self._accepted(messages[:i], tools, prompt=True)
+        if before is not None and upto.startswith(before):
+            return len(before), len(upto)
+        head, found, _ = self._accepted(marked[: i + 1], tools, "").partition(mark)
+        return (len(os.path.commonprefix([head, upto])), len(upto)) if found else None  # noqa: RUF071
+
+    def _accepted(self, messages: Any, tools: Any, otherwise: Any = None, prompt: bool = False) -> Any:
+        try:
+            return render_chat(self.tokenizer, messages, tools, prompt)
+        except BadRecord:
+            return otherwise
+
+    def _marks(self, template: str, messages: list[dict[str, Any]], tools: Any) -> tuple[str, list[tuple[int, int]]]:
         # What `apply_chat_template` calls. Its own token mask looks characters up in the tokenizer's offsets, and loses
         # turns with white space at either end where these are trimmed, as in Llama 3's tokenizer.
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        given = [{key: part for key, part in message.items() if part is not None} for message in messages]
         try:
             with _RENDERING:
                 rendered: Any = render_jinja_template(
-                    conversations=[messages],
-                    chat_template=self.template,
-                    add_generation_prompt=prompt,
-                    return_assistant_tokens_mask=mark,
-                    **self.special,
+                    conversations=[given],
+                    tools=tools,
+                    chat_template=template,
+                    return_assistant_tokens_mask=True,
+                    **self.tokenizer.special_tokens_map,
                 )
-        except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
-            raise UserError(f"the chat template refuses the conversation ({error}).") from error
-        texts, spans = rendered
-        return texts[0], spans[0] if mark else []
+        except Exception as error:  # see `render_chat`
+            raise BadRecord(refusal(error)) from error
+        return rendered[0][0], rendered[1][0]

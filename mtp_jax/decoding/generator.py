@@ -18,6 +18,7 @@ from mtp_jax.decoding.loop import DecodeState, Decoding, Limits
 from mtp_jax.decoding.options import Options, Sampling
 from mtp_jax.decoding.processors import NO_SETTINGS, Settings
 from mtp_jax.decoding.sampling import SamplingKind, Tempering
+from mtp_jax.encoding import encode_prompt, render_chat
 from mtp_jax.errors import UserError
 from mtp_jax.mtp.estimate import mean_tokens
 from mtp_jax.text import added_text
@@ -109,16 +110,20 @@ class Generator:
         """Token ids of a text, or of a chat's messages up to where the assistant answers.
 
         Raises:
-            UserError: an empty prompt, or messages for a tokenizer without chat template.
+            UserError: an empty prompt, messages for a tokenizer without chat template, or that the template refuses.
         """
         if isinstance(prompt, str):
             if not prompt:
                 raise UserError(f"{name}: is empty; give at least one character.")
-            ids = self.tokenizer(prompt)["input_ids"]
+            ids = encode_prompt(self.tokenizer, prompt)
         else:
             if self.tokenizer.chat_template is None:
                 raise UserError(f"{name}: holds chat messages, but this model's tokenizer has no chat template.")
-            ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+            try:
+                text = render_chat(self.tokenizer, prompt, prompt=True)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UserError(f"{name}: the tokenizer makes no token of it.")
         if len(ids) >= self.g.max_positions:

@@ -1,10 +1,12 @@
 """The model card of an export: what it is, its measured speed, how to use it."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mtp_jax.errors import UserError
 from mtp_jax.exporting.source import Source
 
 _REPOSITORY = "multi-token prediction ([arXiv 2507.11851](https://arxiv.org/abs/2507.11851))"
@@ -49,9 +51,7 @@ def _base_link(source: Source, known: str) -> str:
 
 def _use(source: Source, base: str, here: str) -> str:
     lines = ["## Use\n", "With transformers 5 and PyTorch. The code that runs is `custom_generate/generate.py` here.\n"]
-    example = [
-        'ids = tokenizer("def main():", return_tensors="pt").input_ids',
-    ]
+    example = _prompt(source, "def main():")
     load = "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
     if base == "copy":
         code = [
@@ -90,9 +90,24 @@ def _use(source: Source, base: str, here: str) -> str:
         "quadratic with as many rows as are cheap on the device.\n",
         "With mtp_jax, in JAX:\n",
         f"    python -m mtp_jax.generate --model {base_name if base == 'reference' else here} --adapter {here} "
-        "--prompt 'def main():'\n",
+        + ("--chat\n" if len(example) > 1 else "--prompt 'def main():'\n"),
     ]
     return "\n".join(lines)
+
+
+def _prompt(source: Source, text: str) -> list[str]:
+    """Lines of Python that make the token ids of a prompt: `text`, or a question where there is a chat template."""
+    chat = False
+    with contextlib.suppress(UserError):  # no tokenizer
+        chat = bool(source.base.tokenizer.chat_template)
+    if not chat:
+        return [f'ids = tokenizer("{text}", return_tensors="pt").input_ids']
+    return [
+        'messages = [{"role": "user", "content": "What is a tide?"}]',
+        "chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, "
+        'return_tensors="pt")',
+        "ids = chat.input_ids",
+    ]
 
 
 def _speed(config: dict[str, Any]) -> str:
@@ -147,13 +162,14 @@ def _contents(source: Source, base: str, config: dict[str, Any], peft: bool) -> 
 
 
 def _whole(source: Source, here: str) -> str:
+    prompt = "\n".join(_prompt(source, "The"))
     return (
         f"# {source.name}\n\nA language model of the {source.base.g.family} family, trained with mtp_jax.\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{here}")\n'
         f'model = AutoModelForCausalLM.from_pretrained("{here}")\n'
-        'ids = tokenizer("The", return_tensors="pt").input_ids\n'
+        f"{prompt}\n"
         "print(tokenizer.decode(model.generate(ids, max_new_tokens=32)[0]))\n"
         "```\n"
     )

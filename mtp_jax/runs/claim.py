@@ -15,7 +15,7 @@ from mtp_jax.runs.folder import RunFolder
 from mtp_jax.storage import BucketLock
 
 # A run may continue with other values of these; any other change would change what it computes.
-FREE = ("output_dir", "checkpoints", "logging", "compilation_cache", "mesh")
+FREE = ("output_dir", "checkpoints", "logging", "compilation_cache", "mesh", "data.bad_records")
 
 
 @contextlib.contextmanager
@@ -64,7 +64,8 @@ def _check_same_run(run: RunFolder, written: Path, config: Config) -> None:
         )
     with contextlib.suppress(UserError):  # keys that this version has and the run's did not take their defaults
         before = validate(before, run.name(written)).model_dump()
-    changed = [path for path in _changes(before, config.model_dump()) if path.split(".")[0] not in FREE]
+    changes = _changes(before, config.model_dump())
+    changed = [path for path in changes if path.split(".")[0] not in FREE and path.removesuffix("_limit") not in FREE]
     if changed:
         raise UserError(
             f"output_dir: {run.name()} holds a run with other values of {', '.join(changed)}; "

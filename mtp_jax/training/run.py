@@ -55,7 +55,7 @@ def train(config: Config) -> str:
             "data.sources.N.separator to split a file into documents, raise data.held_out, or unset evaluation.every."
         )
     base = starting_base(config)
-    supervision = check_supervision(training, base.tokenizer, length, config.data.too_long)
+    supervision = check_supervision(training, base.tokenizer, length, config.data.too_long, held_out)
     adapter = starting_adapter(config, base)
     check_trackers(config)
     enable_compilation_cache(config.compilation_cache)

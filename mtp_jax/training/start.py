@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from mtp_jax.config import Config, TokenizerRecipe
 from mtp_jax.data.datasets import SourceDocuments
+from mtp_jax.data.sources import texts_of
 from mtp_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.model.base import Base, open_base
@@ -80,8 +81,7 @@ def with_tokenizer(
     def train_once() -> None:
         run.pull(folder, last=_TOKENIZER)
         if not folder.is_dir():
-            texts = (document.text() for source in training for document in source)
-            save_tokenizer(train_tokenizer(texts, vocabulary), folder)
+            save_tokenizer(train_tokenizer(texts_of(training), vocabulary), folder)
             run.push_result(folder, last=_TOKENIZER)
 
     processes.from_first(train_once)

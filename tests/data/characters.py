@@ -11,10 +11,14 @@ class Codes:
     """A tokenizer of character codes, with or without tokens at both ends."""
 
     def __init__(self, begin=None, end=None):
-        self.begin, self.eos_token_id = begin, end
+        self.begin, self.eos_token_id, self.eos_token = begin, end, None if end is None else chr(end)
 
-    def __call__(self, text, verbose):
-        return {"input_ids": ([] if self.begin is None else [self.begin]) + [ord(c) for c in text]}
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        begin = [self.begin] if add_special_tokens and self.begin is not None else []
+        return {"input_ids": begin + [ord(c) for c in text]}
+
+    def get_vocab(self):
+        return {}
 
 
 BARE, ENDS = Codes(), Codes(begin=1, end=2)

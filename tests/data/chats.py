@@ -15,7 +15,26 @@ PLAIN = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", ""
 # Thinks in the last turn alone, as Qwen3's template does.
 THINKS = PLAIN.replace("A:{{ m.content", "A:{{ ('(thinks)' if loop.last else '') + m.content")
 # What the generation prompt promises is not how a turn begins.
-BROKEN = PLAIN.replace("{% if add_generation_prompt %}A:", "{% if add_generation_prompt %}Assistant:")
+OTHER_PROMPT = PLAIN.replace("{% if add_generation_prompt %}A:", "{% if add_generation_prompt %}Assistant:")
+# It opens a block of thought, which a turn without thoughts lacks, as DeepSeek R1's template does.
+OPENS_THOUGHT = PLAIN.replace("{% if add_generation_prompt %}A:", "{% if add_generation_prompt %}A:<think>\n").replace(
+    "A:{{ m.content", "A:{{ m.content.split('</think>')[-1]"
+)
+# The last turn alone has its block of thought, perhaps an empty one, as in Qwen3's thinking models.
+KEEPS_THOUGHT = OPENS_THOUGHT.replace(
+    "A:{{ m.content.split('</think>')[-1]",
+    "A:{{ ('<think>\n' + (m.reasoning_content or '') + '\n</think>' if loop.last else '') + m.content",
+)
+# Refusals of a part of a conversation that they take as a whole.
+NEEDS_USER = (
+    "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}"
+    "{{ raise_exception('There is no user.') }}{% endif %}" + PLAIN
+)
+NEEDS_FIRST = "{% set first = messages[0]['role'] %}{{ '(' + first + ')' }}" + PLAIN
+ENDS_WITH_ASSISTANT = (
+    "{% if not add_generation_prompt and messages[-1].role != 'assistant' or messages | length < 4 %}"
+    "{{ raise_exception('The conversation has not ended.') }}{% endif %}" + PLAIN
+)
 
 
 def turns(*texts):

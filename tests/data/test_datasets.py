@@ -101,28 +101,22 @@ def test_a_folder_is_a_dataset(jsonl, tmp_path, how):
     ("keys", "key", "says"),
     [
         ({"path": "missing.jsonl"}, "path", "no such file or folder"),
-        ({"path": "rows.csv"}, "path", "unknown format '.csv'; a dataset is a folder, or files that end in .jsonl, "),
+        ({"path": "rows.txt"}, "path", "unknown format '.txt'; a dataset is a folder, or files that end in .jsonl, "),
         ({"path": "*.nothing"}, "path", "no file matches it as a glob"),
-        ({"path": "torn.jsonl"}, "path", "cannot be loaded (torn.jsonl, line 2: not valid JSON"),
-        ({"path": "torn.jsonl", "streaming": True}, "path", "cannot be loaded (torn.jsonl, line 2: not valid JSON"),
-        ({"path": "unlike.jsonl"}, "path", "(unlike.jsonl, line 3: column 'text' holds dict, and str in line 1"),
         ({"path": "torn.json"}, "path", "cannot be loaded (torn.json, line 2: not valid JSON"),
-        ({"path": "list.jsonl"}, "path", "line 1: should be an object of columns, not str"),
+        ({"path": "list.jsonl"}, "path", "cannot be loaded (should be an object of columns, not str"),
         ({"path": "torn.parquet"}, "path", "cannot be loaded ("),
         ({"path": "torn.arrow"}, "path", "cannot be loaded ("),
-        ({"path": "empty.jsonl"}, "path", "cannot be loaded ("),
         ({"path": "torn.*"}, "path", "matches files of several formats (arrow, json, parquet)"),
         ({"path": "rows.jsonl", "split": "test"}, "path", "cannot be loaded ("),
         ({"name": "nobody/nothing"}, "name", "cannot be loaded ("),
     ],
 )
 def test_a_dataset_that_cannot_be_had_is_named(jsonl, tmp_path, keys, key, says):
-    for name in ("rows.csv", "torn.jsonl", "torn.parquet", "torn.arrow"):
+    for name in ("rows.txt", "torn.jsonl", "torn.parquet", "torn.arrow"):
         (tmp_path / name).write_text('{"text": "a"}\n{"te')
-    (tmp_path / "unlike.jsonl").write_text('{"text": "a"}\n\n{"text": {"b": 1}}\n')
     (tmp_path / "torn.json").write_text('[{"text": "a"},\n{"te')
     (tmp_path / "list.jsonl").write_text('"a"\n')
-    (tmp_path / "empty.jsonl").write_text("")
     jsonl([{"text": "a"}])
     where = keys.get("name") or str(tmp_path / keys["path"])
     source = Source(kind="dataset", **{**keys, key: where})
@@ -164,10 +158,22 @@ def test_a_glob_is_one_dataset(jsonl, tmp_path, streaming):
     assert [record.name for record in found][:2] == ["part-*.jsonl#0", "part-*.jsonl#1"]
 
 
-def test_records_are_small_and_read_from_the_mapped_file(jsonl):
-    records = source_documents(jsonl([{"text": str(i), "unused": "x"} for i in range(50)]))
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_records_are_small_and_read_from_the_file(jsonl, tmp_path, kind):
+    import datasets
+
+    rows = [{"text": str(i), "unused": "x"} for i in range(50)]
+    source = jsonl(rows)
+    if kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+        source = Source(kind="dataset", path=str(tmp_path / "rows.parquet"))
+    records = source_documents(source)
     assert not hasattr(records[0], "__dict__") and len({id(record.table) for record in records}) == 1
-    assert records[0].table.data.cache_files and records[0].table.data.column_names == ["text"]
+    if kind == "parquet":
+        assert records[0].table.data.cache_files and records[0].table.data.column_names == ["text"]
+    else:
+        ((_, starts),) = records[0].table.data.parts
+        assert starts.nbytes == 8 * 51
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda record: record.text(), records)) == [str(i) for i in range(50)]
 
@@ -269,7 +275,7 @@ def test_a_stream_that_breaks_says_where():
 @pytest.mark.parametrize(
     ("texts", "columns", "says"),
     [
-        ([], {}, "cannot be loaded"),
+        ([], {}, "rows.jsonl has no records."),
         (["a"], {"messages": "turns"}, "data.sources.0.columns: "),
         ([5], {}, "rows.jsonl#0: column 'text' should hold text, not int"),
     ],

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mtp_jax.config import Source
+from mtp_jax.config import Data, Source
 from mtp_jax.data.documents import python_stdlib
-from mtp_jax.data.sources import source_documents
+from mtp_jax.data.sources import check_supervision, read_sources, source_documents
 from mtp_jax.errors import UserError
 
 pytestmark = pytest.mark.quick
@@ -99,10 +99,46 @@ def test_a_separator_at_both_ends_leaves_no_empty_document(tmp_path):
     assert texts(tmp_path / "a.txt", "|") == ["a", "b"]
 
 
-def test_bytes_that_are_no_text_are_replaced(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 \xc3\xa9")
-    assert texts(tmp_path / "a.txt") == ["caf\ufffd é"]
-    assert texts(tmp_path / "a.txt", " ") == ["caf\ufffd", "é"]
+ENCODED = {"utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"}
+MARKS = {name: "" if name in ("utf-8-sig", "utf-16") else "\ufeff" for name in ENCODED}
+
+
+@pytest.mark.parametrize("encoding", sorted(ENCODED))
+def test_a_byte_order_mark_states_the_encoding(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes((MARKS[encoding] + "café 日本|two").encode(encoding))
+    assert texts(tmp_path / "a.txt") == ["café 日本|two"]
+    if encoding == "utf-8-sig":
+        assert texts(tmp_path / "a.txt", "|") == ["café 日本", "two"]
+        return
+    with pytest.raises(UserError, match=r"a\.txt: is UTF-(16|32), and a separator parts files in UTF-8 alone"):
+        texts(tmp_path / "a.txt", "|")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ("café".encode("latin-1"), r"\(unexpected end of data at byte 3\)"),
+        ("日本".encode("shift-jis"), r"\(invalid start byte at byte 0\)"),
+        ("plain".encode("utf-16-le"), r"\(it holds zero bytes\)"),
+        (b"\xff\xfea", r"\(truncated data at byte 2\)"),
+    ],
+    ids=["latin-1", "shift-jis", "utf-16 without mark", "torn"],
+)
+def test_bytes_that_are_no_text_are_named_at_the_start(tmp_path, data, says):
+    for i in range(40):
+        (tmp_path / f"{i:02}.txt").write_text("text")
+    (tmp_path / "21.txt").write_bytes(data)
+    (training,), _ = read_sources(Data(sources=[text(tmp_path)], held_out=0.0))
+    with pytest.raises(UserError, match=r"^data\.sources\.0: .*21\.txt: is neither UTF-8 nor .*" + says):
+        check_supervision([training], None)
+
+
+def test_a_piece_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one|caf\xe9|two")
+    good, bad, last = source_documents(text(tmp_path / "a.txt", "|"))
+    assert (good.text(), last.text()) == ("one", "two")
+    with pytest.raises(UserError, match=r"a\.txt \(a\.txt#1\): is neither"):
+        bad.text()
 
 
 def test_python_files_are_read_in_their_own_encoding(tmp_path):
@@ -111,7 +147,8 @@ def test_python_files_are_read_in_their_own_encoding(tmp_path):
     assert texts(tmp_path / "a.py") == [source]
     assert texts(tmp_path / "a.py") != [(tmp_path / "a.py").read_text(errors="replace")]
     (tmp_path / "b.py").write_bytes(b"# coding: no-such-thing\n'\xff'\n")
-    assert texts(tmp_path / "b.py") == ["# coding: no-such-thing\n'\ufffd'\n"]
+    with pytest.raises(UserError, match=r"b\.py: is neither UTF-8"):
+        texts(tmp_path / "b.py")
 
 
 def test_the_stdlib_is_without_tests_and_installed_packages():

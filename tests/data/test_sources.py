@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from chats import BROKEN, MARKED, PLAIN, TALK, THINKS, letters, turns, with_template
+from chats import MARKED, PLAIN, TALK, THINKS, letters, turns, with_template
 
 from mtp_jax.config import Data, Source
 from mtp_jax.config_file import validate
@@ -93,7 +93,10 @@ def test_which_way_is_used_is_reported(jsonl, template, how):
     ("template", "says"),
     [
         (None, "data.sources.0: the tokenizer has no chat template"),
-        (BROKEN, "data.sources.0: rows.jsonl#0: the chat template does not show what the assistant wrote in message 1"),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+            "data.sources.0: none of the 5 records checked",
+        ),
         (
             "{{ raise_exception('no') }}",
             "data.sources.0: rows.jsonl#0: the chat template refuses the conversation (no)",
