@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 
 from mtp_jax.data.documents import Completion, Conversation, Document, Tokens
 from mtp_jax.errors import UserError
+from mtp_jax.text import check_ids
 
 # Templates report what they mark through state that all threads share.
 _RENDERING = threading.Lock()
@@ -40,8 +41,13 @@ class Encoder:
         """Texts and completions end with the end-of-text token, conversations as the template ends them.
 
         Raises:
-            UserError: the document cannot be read or does not fit the chat template.
+            UserError: the document cannot be read, does not fit the chat template, or has a token unknown to the model.
         """
+        encoded = self._encoded(document)
+        check_ids(encoded.tokens, self.tokenizer, document.name)
+        return encoded
+
+    def _encoded(self, document: Document) -> Encoded:
         content = document.content()
         if isinstance(content, Tokens):
             tokens = np.asarray(content.prompt + content.completion, np.int32)

@@ -20,7 +20,7 @@ from mtp_jax.decoding.processors import NO_SETTINGS, Settings
 from mtp_jax.decoding.sampling import SamplingKind, Tempering
 from mtp_jax.errors import UserError
 from mtp_jax.mtp.estimate import mean_tokens
-from mtp_jax.text import added_text
+from mtp_jax.text import added_text, check_ids
 
 _SMALLEST_BUCKET = 32
 _STEPS_BETWEEN_LOOKS = 4
@@ -109,7 +109,7 @@ class Generator:
         """Token ids of a text, or of a chat's messages up to where the assistant answers.
 
         Raises:
-            UserError: an empty prompt, or messages for a tokenizer without chat template.
+            UserError: an empty prompt, messages for a tokenizer without chat template, or a token unknown to the model.
         """
         if isinstance(prompt, str):
             if not prompt:
@@ -121,6 +121,7 @@ class Generator:
             ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         if not ids:
             raise UserError(f"{name}: the tokenizer makes no token of it.")
+        check_ids(ids, self.tokenizer, name)
         if len(ids) >= self.g.max_positions:
             raise UserError(
                 f"{name}: {len(ids)} tokens leave no room in the model's context of {self.g.max_positions}; shorten it."
