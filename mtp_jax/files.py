@@ -1,6 +1,7 @@
 """Files of this machine: paths as people write them, caches that may be missing, JSON, and folders whole or absent."""
 
 import atexit
+import codecs
 import contextlib
 import functools
 import json
@@ -56,6 +57,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: should hold a JSON object, not a {type(value).__name__}.")
     return value
+
+
+def starts_with_mark(file: Path) -> bool:
+    """Whether a file starts with a byte order mark, which transformers does not read in JSON."""
+    with file.open("rb") as opened:
+        return opened.read(3) == codecs.BOM_UTF8
 
 
 def write_json(path: Path, value: dict[str, Any], sort_keys: bool = True) -> None:

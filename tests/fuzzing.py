@@ -115,19 +115,19 @@ class Ground:
 
         from mtp_jax.locate import find_folder
         from mtp_jax.model.base import open_base
-        from mtp_jax.model.folder import load_tokenizer
         from mtp_jax.model.folder_writer import write_folder
         from mtp_jax.model.geometry import Geometry
         from mtp_jax.model.weights import init_params
         from mtp_jax.mtp.adapter import AdapterShape, init_adapter
         from mtp_jax.mtp.adapter_folder import write_adapter
+        from mtp_jax.text import load_tokenizer
 
         self.root = Path(root)
         config = json.loads((find_folder(BUNDLED) / "config.json").read_text())
         config |= {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
         config |= {"num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 128}
         g = Geometry.from_config(config)
-        tokenizer = load_tokenizer(find_folder(BUNDLED), g)
+        tokenizer = load_tokenizer(find_folder(BUNDLED), g.V)
         tokenizer.chat_template = (
             "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
             "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -20,10 +20,10 @@ from mtp_jax.data.tokenizer import train_tokenizer
 from mtp_jax.data.tokens import Encoder
 from mtp_jax.errors import UserError
 from mtp_jax.locate import SETTINGS, find_folder
-from mtp_jax.model.folder import load_tokenizer, read_geometry
+from mtp_jax.model.folder import read_geometry
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.storage import local
-from mtp_jax.text import added_text
+from mtp_jax.text import added_text, load_tokenizer
 
 _SAMPLE = 500  # documents of a source that are counted, spread evenly over it
 _BATCHES = 16  # batches that are counted
@@ -63,15 +63,15 @@ def preview_tokenizer(config: Config, training: list[SourceDocuments]) -> tuple[
     """
     if config.model.path is not None:
         folder = find_folder(config.model.path, patterns=SETTINGS)
-        return load_tokenizer(folder, read_geometry(folder)), config.model.path
+        return load_tokenizer(folder, read_geometry(folder).V), config.model.path
     assert config.model.scratch is not None
     recipe = config.model.scratch.tokenizer
     g = Geometry.from_config(config.model.scratch.config, "model.scratch.config")
     if not isinstance(recipe, TokenizerRecipe):
-        return load_tokenizer(local(recipe), g), recipe
+        return load_tokenizer(local(recipe), g.V), recipe
     trained = f"{config.output_dir.rstrip('/')}/tokenizer"
     if storage.listing(trained) if storage.is_bucket(trained) else local(trained).is_dir():
-        return load_tokenizer(local(trained), g), trained
+        return load_tokenizer(local(trained), g.V), trained
     return train_tokenizer(texts_of(training), recipe.vocabulary), f"trained now, {recipe.vocabulary} tokens"
 
 

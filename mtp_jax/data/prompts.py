@@ -14,7 +14,7 @@ def read_prompts(file: str) -> list[Any]:
         UserError: an unreadable file, no prompts, or a broken line, by its number.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")  # splitlines would also cut inside a text
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # splitlines would also cut inside a text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {file}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
     prompts, faults = [], []

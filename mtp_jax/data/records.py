@@ -119,7 +119,7 @@ def _check_characters(content: Content) -> None:
     parts = [json.dumps(content[:2], ensure_ascii=False)] if isinstance(content, Conversation) else content[:2]
     try:
         for part in parts:
-            part.encode()
+            str(part).encode()
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
         raise ValueError(f"holds {half}, half of a surrogate pair, which is no text") from error

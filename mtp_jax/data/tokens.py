@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from mtp_jax.data.documents import Completion, Conversation, Document, Text, Tokens
 from mtp_jax.encoding import refusal, render_chat, special_tokens
 from mtp_jax.errors import BadRecord, UserError
+from mtp_jax.text import check_ids
 
 # Templates report what they mark through state that all threads share.
 _RENDERING = threading.Lock()
@@ -55,8 +56,14 @@ class Encoder:
 
         Raises:
             UserError: the document cannot be read.
-            BadRecord: it holds what cannot be trained on, or does not fit the chat template.
+            BadRecord: it holds what cannot be trained on, does not fit the chat template, or has a token unknown to
+                the model.
         """
+        encoded = self._encoded(document)
+        check_ids(encoded.tokens, self.tokenizer, document.name)
+        return encoded
+
+    def _encoded(self, document: Document) -> Encoded:
         content = document.content()
         if isinstance(content, Tokens):
             tokens = np.asarray(content.prompt + content.completion, np.int32)

@@ -21,7 +21,7 @@ from mtp_jax.decoding.sampling import SamplingKind, Tempering
 from mtp_jax.encoding import encode_prompt, render_chat
 from mtp_jax.errors import UserError
 from mtp_jax.mtp.estimate import mean_tokens
-from mtp_jax.text import added_text
+from mtp_jax.text import added_text, check_ids
 
 _SMALLEST_BUCKET = 32
 _STEPS_BETWEEN_LOOKS = 4
@@ -110,7 +110,8 @@ class Generator:
         """Token ids of a text, or of a chat's messages up to where the assistant answers.
 
         Raises:
-            UserError: an empty prompt, messages for a tokenizer without chat template, or that the template refuses.
+            UserError: an empty prompt, messages for a tokenizer without chat template, or that the template refuses, or
+                a token unknown to the model.
         """
         if isinstance(prompt, str):
             if not prompt:
@@ -126,6 +127,7 @@ class Generator:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UserError(f"{name}: the tokenizer makes no token of it.")
+        check_ids(ids, self.tokenizer, name)
         if len(ids) >= self.g.max_positions:
             raise UserError(
                 f"{name}: {len(ids)} tokens leave no room in the model's context of {self.g.max_positions}; shorten it."

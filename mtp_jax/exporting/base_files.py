@@ -1,12 +1,13 @@
 """The base model's files in an exported folder: byte for byte, or in another dtype, a shard at a time."""
 
+import codecs
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from mtp_jax.files import read_json, write_json
+from mtp_jax.files import read_json, starts_with_mark, write_json
 from mtp_jax.model.base import Base
 from mtp_jax.model.folder import INDEX, SINGLE, read_slice
 from mtp_jax.model.folder_writer import write_tensors
@@ -32,12 +33,15 @@ _COMPANIONS = (
 
 
 def copy_companions(folder: Path, out: Path) -> None:
-    """Copy config, generation config, tokenizer, chat templates and licence, byte for byte."""
+    """Copy config, generation config, tokenizer, chat templates and licence, byte for byte but for byte order marks."""
     for pattern in _COMPANIONS:
         for file in sorted(folder.glob(pattern)):
             target = out / file.relative_to(folder)
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+            if file.suffix == ".json" and starts_with_mark(file):
+                target.write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+            else:
+                shutil.copyfile(file, target)
 
 
 def copy_weights(base: Base, out: Path) -> None:

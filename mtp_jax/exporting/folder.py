@@ -112,7 +112,8 @@ def _write(
         else:
             convert_weights(source.base, part, dtype)
     if trained is not None:
-        pointer = {"name": source.name, "fingerprint": trained.config["base"]["fingerprint"]}
+        known = {key: value for key, value in trained.config["base"].items() if key in ("fingerprint", "values")}
+        pointer = {"name": source.name, **known}
         if source.revision is not None:
             pointer["revision"] = source.revision
         kept, summary = dtype or trained.dtype, trained.config.get("training") or {}

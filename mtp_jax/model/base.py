@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -18,13 +19,13 @@ from mtp_jax.locate import find_folder
 from mtp_jax.model.folder import (
     Tensors,
     load_params,
-    load_tokenizer,
     open_tensors,
     read_geometry,
     read_slice,
 )
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.weights import Params, Weight
+from mtp_jax.model.weights import Params, Weight, weight_table
+from mtp_jax.text import load_tokenizer
 
 _SAMPLE_BYTES = 64 << 10
 
@@ -42,7 +43,7 @@ class Base:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer; raises UserError where there is none or it does not fit the model."""
-        return load_tokenizer(self.folder, self.g)
+        return load_tokenizer(self.folder, self.g.V)
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
@@ -66,13 +67,27 @@ class Base:
 
         It does not depend on how the tensors are spread over files, and reads a bounded part of each.
         """
+        return self._digest({key: key for key in self.tensors.stored})
+
+    @cached_property
+    def values(self) -> str:
+        """The fingerprint of the weights rounded to bfloat16, by which a model saved in another dtype is the same.
+
+        Saving in float16 may keep it or not: it rounds otherwise.
+        """
+        keys = [key for weight in weight_table(self.g) for key in weight.stored_keys()]
+        return self._digest({key: self.tensors.renamed.get(key, key) for key in keys}, np.dtype(ml_dtypes.bfloat16))
+
+    def _digest(self, names: dict[str, str], dtype: np.dtype | None = None) -> str:
         digest = hashlib.sha256()
-        for key, tensor in sorted(self.tensors.stored.items()):
-            row_bytes = tensor.dtype.itemsize * math.prod(tensor.shape[1:])
+        for key, name in sorted(names.items()):
+            tensor = self.tensors.stored[name]
+            kept = dtype or tensor.dtype
+            row_bytes = kept.itemsize * math.prod(tensor.shape[1:])
             count = min(tensor.shape[0], max(1, _SAMPLE_BYTES // max(1, row_bytes)))
-            digest.update(f"{key} {tensor.shape} {tensor.dtype.name}\n".encode())
+            digest.update(f"{key} {tensor.shape} {kept.name}\n".encode())
             for rows in (slice(0, count), slice(tensor.shape[0] - count, tensor.shape[0])):
-                digest.update(np.ascontiguousarray(read_slice(tensor, key, (rows,))).tobytes())
+                digest.update(np.ascontiguousarray(read_slice(tensor, name, (rows,)).astype(kept)).tobytes())
         return digest.hexdigest()
 
     def load(

@@ -1,4 +1,4 @@
-"""Hugging Face folders in: read the config and the tokenizer, stream tensors into their final sharding."""
+"""Hugging Face folders in: read the config, stream tensors into their final sharding."""
 
 import functools
 import math
@@ -121,12 +121,15 @@ def open_tensors(folder: Path, g: Geometry) -> Tensors:
 
 def _match_table(table: tuple[Weight, ...], g: Geometry, stored: Mapping[str, Stored], folder: Path) -> dict[str, str]:
     renamed: dict[str, str] = {}
+    if EMBED_KEY not in stored and EMBED_KEY.removeprefix("model.") in stored:  # saved from the model without its head
+        renamed = {key: key.removeprefix("model.") for weight in table for key in weight.stored_keys()}
     unused = {key for key in stored if not _BUFFERS.search(key)}
     if g.tied and UNEMBED_KEY in unused:  # a tied table is stored under either name, or twice alike
         unused.remove(UNEMBED_KEY)
-        if EMBED_KEY not in stored:
+        embed = renamed.get(EMBED_KEY, EMBED_KEY)
+        if embed not in stored:
             renamed[EMBED_KEY] = UNEMBED_KEY
-        elif not _same(stored[EMBED_KEY], EMBED_KEY, stored[UNEMBED_KEY], UNEMBED_KEY):
+        elif not _same(stored[embed], embed, stored[UNEMBED_KEY], UNEMBED_KEY):
             raise UserError(
                 f"{folder}: config.json ties the embeddings, but {EMBED_KEY} and {UNEMBED_KEY} differ; "
                 "set tie_word_embeddings to false if both are meant."
@@ -143,7 +146,8 @@ def _match_table(table: tuple[Weight, ...], g: Geometry, stored: Mapping[str, St
     problems = {"missing": missing, "unexpected": sorted(unused), "of the wrong shape": misshapen}
     if any(problems.values()):
         counts = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-        raise UserError(f"{folder}: the tensors do not fit config.json. {counts}.")
+        headless = " A model without its head writes no text: save the whole model." if missing == [UNEMBED_KEY] else ""
+        raise UserError(f"{folder}: the tensors do not fit config.json. {counts}.{headless}")
     return renamed
 
 
@@ -224,26 +228,3 @@ def _part(
         for slot, (stored, key) in enumerate(sources[spans[0].start : spans[0].stop] if weight.stacked else sources):
             _read_into(block[slot] if weight.stacked else block, stored, key, inner, weight.transposed)
     return read[spans]
-
-
-def load_tokenizer(folder: Path, g: Geometry) -> Any:
-    """The folder's tokenizer, checked against the vocabulary of the model.
-
-    Raises:
-        UserError: no tokenizer, one that needs code from the folder, or ids beyond the model's vocabulary.
-    """
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise UserError(f"{folder}: holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json).")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever the tokenizer library raises, the folder's files are at fault
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]}).") from error
-    top, token = max((id_, token) for token, id_ in tokenizer.get_vocab().items())
-    if top >= g.V:
-        raise UserError(
-            f"{folder}: the tokenizer has id {top} ({token!r}), but the model's vocabulary ends at {g.V - 1}; "
-            "tokenizer and model do not belong together."
-        )
-    return tokenizer

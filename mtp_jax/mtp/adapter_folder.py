@@ -77,7 +77,7 @@ def write_adapter_files(
     """Write an adapter's two files into a folder.
 
     Args:
-        base: `name` and `fingerprint` of the base model; `revision` where the hub has it.
+        base: `name`, `fingerprint` and `values` (see `Base`) of the base model; `revision` where the hub has it.
         summary: what is worth knowing about its training.
         measured: tokens per step by domain, and how they were measured.
     """
@@ -156,11 +156,13 @@ def open_adapter(name: str, base: Base) -> Adapter:
     folder = find_adapter(name)
     shape, config = read_shape(folder), read_json(folder / CONFIG)
     trained_for = config.get("base") or {}
-    if base.fingerprint != trained_for.get("fingerprint"):
+    known = {trained_for.get("fingerprint"), trained_for.get("values")}
+    if base.fingerprint not in known and base.values not in known:
         raise UserError(
             f"{folder}: this adapter was trained for {trained_for.get('name', 'another base')} (fingerprint "
             f"{str(trained_for.get('fingerprint'))[:12]}), but the base model is {base.folder.name} (fingerprint "
-            f"{base.fingerprint[:12]})."
+            f"{base.fingerprint[:12]}). If it is the same model, saved anew, make base.fingerprint in {CONFIG} "
+            f"{base.fingerprint}."
         )
     items: dict[tuple[str, ...], np.ndarray] = {}
     dtypes, faults = [], []

@@ -14,13 +14,13 @@ from mtp_jax.data.sources import texts_of
 from mtp_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.model.base import Base, open_base
-from mtp_jax.model.folder import load_tokenizer
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, Weight, init_params, weight_table
 from mtp_jax.mtp.adapter_folder import Adapter, open_adapter
 from mtp_jax.runs import processes
 from mtp_jax.runs.folder import RunFolder
 from mtp_jax.storage import local
+from mtp_jax.text import load_tokenizer
 from mtp_jax.training.objectives import adapter_shape
 from mtp_jax.training.program import check_length
 
@@ -58,7 +58,7 @@ def starting_base(config: Config) -> Base | NewBase:
         scratch, tokenizer = config.model.scratch, None
         g = Geometry.from_config(scratch.config, "model.scratch.config")
         if isinstance(scratch.tokenizer, str):
-            tokenizer = load_tokenizer(local(scratch.tokenizer), g)
+            tokenizer = load_tokenizer(local(scratch.tokenizer), g.V)
         elif scratch.tokenizer.vocabulary > g.V:
             raise UserError(
                 f"model.scratch.tokenizer.vocabulary={scratch.tokenizer.vocabulary} is more than "
@@ -86,7 +86,7 @@ def with_tokenizer(
 
     processes.from_first(train_once)
     run.pull(folder)
-    return replace(base, tokenizer=load_tokenizer(folder, base.g))
+    return replace(base, tokenizer=load_tokenizer(folder, base.g.V))
 
 
 def starting_adapter(config: Config, base: Base | NewBase) -> Adapter | None:

@@ -127,7 +127,7 @@ class MultiTokenTask:
     def write(self, run_dir: Path, trained: Params, figures: dict[str, Any]) -> Path:
         """`adapter/`, which every command accepts as an adapter."""
         out, train = run_dir / "adapter", self.config.train
-        base = {"name": self.base.name, "fingerprint": self.base.fingerprint}
+        base = {"name": self.base.name, "fingerprint": self.base.fingerprint, "values": self.base.values}
         summary = {
             "steps": train.steps,
             "batch_size": train.batch_size,

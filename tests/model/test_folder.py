@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from kinds import KINDS
 from safetensors.numpy import load_file, save_file
+from tokenizers import AddedToken
 
+from mtp_jax.data.documents import Completion, Document, Text, Tokens
+from mtp_jax.data.tokens import Encoder
+from mtp_jax.decoding.generator import Generator
 from mtp_jax.errors import UserError
 from mtp_jax.locate import find_folder
 from mtp_jax.model.base import open_base
-from mtp_jax.model.folder import INDEX, SINGLE, load_tokenizer, read_geometry
+from mtp_jax.model.folder import INDEX, SINGLE, read_geometry
 from mtp_jax.model.weights import leaf_at, weight_table
+from mtp_jax.text import check_ids, load_tokenizer
 
 EMBED, UNEMBED = "model.embed_tokens.weight", "lm_head.weight"
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -119,6 +126,38 @@ def test_tied_table_may_be_stored_under_either_name_or_both(tied_copy):
     assert same(read(tied_copy), plain)
     change(tied_copy, lambda tensors: tensors.pop(EMBED))
     assert same(read(tied_copy), plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_model_saved_without_its_head_is_read_where_embeddings_are_tied(models, family, tmp_path):
+    model = models.make(family, num_hidden_layers=2, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "whole")
+    model.model.save_pretrained(tmp_path / "bare")
+    assert "norm.weight" in load_file(tmp_path / "bare" / SINGLE)
+    assert same(read(tmp_path / "bare"), read(tmp_path / "whole"))
+    assert open_base(str(tmp_path / "bare")).values == open_base(str(tmp_path / "whole")).values
+
+
+def bare(tensors):
+    for key in list(tensors):
+        tensors[key.removeprefix("model.")] = tensors.pop(key)
+
+
+def test_keys_without_their_prefix_are_read_as_strictly(untied, tied, tmp_path):
+    untied_copy, tied_copy = (shutil.copytree(folder, tmp_path / folder.name) for folder in (untied, tied))
+    plain = read(untied_copy), read(tied_copy)
+    change(untied_copy, bare)
+    change(tied_copy, bare)
+    assert same(read(untied_copy), plain[0]) and same(read(tied_copy), plain[1])
+    change(tied_copy, lambda tensors: tensors.update({UNEMBED: tensors["embed_tokens.weight"] + 1}))
+    refused(tied_copy, "embed_tokens.weight", UNEMBED, "differ")
+    change(untied_copy, lambda tensors: tensors.update({"model.norm.weight": tensors.pop("norm.weight")}))
+    refused(untied_copy, "1 missing: model.norm.weight; 1 unexpected: model.norm.weight")
+
+
+def test_an_untied_model_without_its_head_is_refused(models, tmp_path):
+    models.make("llama", num_hidden_layers=2).model.save_pretrained(tmp_path)
+    refused(tmp_path, f"1 missing: {UNEMBED}", "without its head", "save the whole model")
 
 
 @pytest.mark.parametrize("row", [0, -1])
@@ -279,25 +318,66 @@ def test_folder_is_found_by_relative_path(untied, monkeypatch):
     assert find_folder(untied.name).resolve() == untied
 
 
+MARKED = ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", INDEX]
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_json_may_begin_with_a_byte_order_mark(small_folder, small_tokenizer, name, tmp_path):
+    folder = shutil.copytree(small_folder, tmp_path / "model")
+    if name == INDEX:
+        shard(folder, {"a.safetensors": [EMBED]})
+    (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    plain, base = open_base(str(small_folder)), open_base(str(folder))
+    assert (base.g, base.stops, base.config) == (plain.g, plain.stops, plain.config)
+    assert base.tokenizer("the cat")["input_ids"] == small_tokenizer("the cat")["input_ids"]
+    assert same(base.load(), plain.load())
+
+
 def test_missing_tokenizer_is_refused(untied):
     with pytest.raises(UserError, match="no tokenizer"):
-        load_tokenizer(untied, read_geometry(untied))
+        load_tokenizer(untied, 96)
 
 
 def test_broken_tokenizer_is_refused(untied_copy):
     (untied_copy / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be loaded"):
-        load_tokenizer(untied_copy, read_geometry(untied_copy))
+        load_tokenizer(untied_copy, 96)
 
 
 def test_tokenizer_ids_beyond_the_vocabulary_are_refused(untied_copy, small_tokenizer):
     small_tokenizer.save_pretrained(untied_copy)
     with pytest.raises(UserError, match=r"id \d{3} .* ends at 95"):
-        load_tokenizer(untied_copy, read_geometry(untied_copy))
+        load_tokenizer(untied_copy, 96)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "unigram"])
+@pytest.mark.parametrize("special", [True, False])
+def test_an_added_token_beyond_the_vocabulary_is_refused_where_it_occurs(models, kind, special, tmp_path):
+    tokenizer = KINDS[kind]()
+    V = len(tokenizer)
+    tokenizer.add_tokens([AddedToken("<extra>", special=special)])
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path, V)
+    check_ids(loaded("the cat")["input_ids"], loaded, "here")
+    for content in (Text("a <extra> b"), Completion("a ", "<extra>"), Tokens([1], [V])):
+        with pytest.raises(UserError, match=f"^it: holds the token '<extra>', whose id {V} is beyond"):
+            Encoder(loaded)(Given("it", content))
+    generator = SimpleNamespace(tokenizer=loaded, g=SimpleNamespace(max_positions=64))
+    assert Generator.encode(generator, "the cat") == tokenizer("the cat")["input_ids"]
+    with pytest.raises(UserError, match=r"^prompt 3: holds the token '<extra>'"):
+        Generator.encode(generator, "the <extra> cat", "prompt 3")
+
+
+class Given(Document):
+    def __init__(self, name, held):
+        self.name, self.held = name, held
+
+    def content(self):
+        return self.held
 
 
 def test_tokenizer_may_be_smaller_than_the_vocabulary(small_folder, small_tokenizer):
-    assert load_tokenizer(small_folder, read_geometry(small_folder)).get_vocab() == small_tokenizer.get_vocab()
+    assert load_tokenizer(small_folder, 300).get_vocab() == small_tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -14,6 +15,7 @@ from mtp_jax.model.weights import init_params
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table, init_adapter
 from mtp_jax.mtp.adapter_folder import CONFIG, TENSORS, find_adapter, open_adapter, write_adapter
 
+BF16 = ml_dtypes.bfloat16
 CONFIG_JSON = {
     "model_type": "llama",
     "vocab_size": 31,
@@ -87,6 +89,50 @@ def test_fingerprint_ignores_files_and_sees_values(written, tmp_path):
     save_file(changed, base / "model.safetensors")
     after = open_base(str(base))
     assert again.fingerprint != after.fingerprint and len(after.tensors.stored) == len(names)
+
+
+def saved_as(base, dtype):
+    """Save a base again in another dtype."""
+    tensors = load_file(base / "model.safetensors")
+    save_file({key: tensor.astype(dtype) for key, tensor in tensors.items()}, base / "model.safetensors")
+    return open_base(str(base))
+
+
+@pytest.mark.parametrize(
+    ("trained", "used"),
+    [(np.float32, BF16), (BF16, np.float32), (np.float16, np.float32), (np.float16, BF16)],
+)
+def test_a_base_saved_in_another_dtype_is_the_same(written, trained, used):
+    base, out, adapter = written
+    opened = saved_as(base, trained)
+    pointer = {"name": "my-base", "fingerprint": opened.fingerprint, "values": opened.values}
+    write_adapter(out, G, SHAPE, adapter, pointer, {})
+    again = saved_as(base, used)
+    assert again.fingerprint != opened.fingerprint
+    open_adapter(str(out), again)
+    saved_as(write_base(base.parent / "other", 5)[0], used)
+    with pytest.raises(UserError, match="is other"):
+        open_adapter(str(out), open_base(str(base.parent / "other")))
+
+
+def test_adapters_of_older_versions_know_a_bfloat16_base_in_float32(written):
+    base, out, adapter = written
+    write_adapter(out, G, SHAPE, adapter, {"name": "b", "fingerprint": saved_as(base, BF16).fingerprint}, {})
+    open_adapter(str(out), saved_as(base, np.float32))
+
+
+def test_rounding_otherwise_gives_another_base_and_the_message_says_what_to_do(written):
+    base, out, adapter = written
+    opened = open_base(str(base))
+    pointer = {"name": "b", "fingerprint": opened.fingerprint, "values": opened.values}
+    write_adapter(out, G, SHAPE, adapter, pointer, {})
+    rounded = saved_as(base, np.float16)
+    with pytest.raises(UserError, match=f"make base.fingerprint in {CONFIG} {rounded.fingerprint}"):
+        open_adapter(str(out), rounded)
+    config = json.loads((out / CONFIG).read_text())
+    config["base"]["fingerprint"] = rounded.fingerprint
+    (out / CONFIG).write_text(json.dumps(config))
+    open_adapter(str(out), rounded)
 
 
 @pytest.mark.parametrize(

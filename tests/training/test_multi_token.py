@@ -92,7 +92,8 @@ def test_a_run_trains_the_adapter_alone_and_writes_it(trained, base):
     assert (shape.masks, shape.rank, shape.alpha, shape.gated) == (M, 4, 8.0, True)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(adapter))
     config = json.loads((out / "mtp_config.json").read_text())
-    assert config["base"] == {"name": str(base), "fingerprint": open_base(str(base)).fingerprint}
+    opened = open_base(str(base))
+    assert config["base"] == {"name": str(base), "fingerprint": opened.fingerprint, "values": opened.values}
     assert config["training"]["trained_parameters"] == sum(leaf.size for leaf in jax.tree.leaves(adapter))
     lines = read_lines(run_dir / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
