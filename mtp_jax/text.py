@@ -121,6 +121,18 @@ def _without_marks(folder: Path, copy: Path) -> Path:
     return copy
 
 
+def check_characters(text: str, where: str) -> None:
+    """Raise BadRecord for half a character: JSON escapes and bytes of a terminal can give it, and no text holds it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = (
+            f"the byte 0x{code - 0xDC00:02x}, which is no UTF-8" if 0xDC80 <= code < 0xDD00 else "half a surrogate pair"
+        )
+        raise BadRecord(f"{where}: holds {text[error.start]!a} ({what}), which is no text.") from error
+
+
 def check_ids(ids: Iterable[Any], tokenizer: Any, where: str) -> None:
     """Raise BadRecord where a tokenizer gave an id that the model has no embedding for."""
     beyond = getattr(tokenizer, "beyond", {})

@@ -8,9 +8,11 @@ import pytest
 from kinds import KINDS, texts
 from rich.console import Console
 
+from mtp_jax.data.prompts import read_prompts
 from mtp_jax.decoding.generator import Completion, Generator
 from mtp_jax.decoding.show import PassWriter
-from mtp_jax.text import TextStream
+from mtp_jax.errors import BadRecord, UserError
+from mtp_jax.text import TextStream, check_characters
 
 pytestmark = pytest.mark.quick
 
@@ -81,3 +83,18 @@ def test_bytes_as_tokens_wait_for_the_end_of_their_run():
     stream = TextStream(tokenizer, cat)
     assert stream(euro[1:]) == ("", "")  # followed by half a character, it would be three replacement characters
     assert stream(cat) == ("", "€ cat")
+
+
+@pytest.mark.parametrize(("text", "says"), [("a\ud800b", "half a surrogate pair"), ("\udcff", "the byte 0xff")])
+def test_half_a_character_is_no_text(text, says):
+    with pytest.raises(BadRecord, match=f"here: holds .*{says}"):
+        check_characters(text, "here")
+    check_characters("🙂 日本 é \ufffd", "here")
+
+
+@pytest.mark.parametrize("record", ['{"prompt": "a\\ud800"}', '{"messages": [{"role": "user", "content": "\\udc00"}]}'])
+def test_a_prompt_with_half_a_character_is_named_by_its_line(tmp_path, record):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "fine"}\n' + record + "\n" + "[" * 99_999)
+    with pytest.raises(UserError) as refused:
+        read_prompts(str(tmp_path / "p.jsonl"))
+    assert ["line 2: holds" in refused.value.faults[0], "line 3" in refused.value.faults[1]] == [True, True]

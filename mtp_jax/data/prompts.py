@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_jax.errors import UserError
+from mtp_jax.text import check_characters
 
 
 def read_prompts(file: str) -> list[Any]:
@@ -21,10 +22,14 @@ def read_prompts(file: str) -> list[Any]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{file}, line {number}"
         try:
             prompts.append(_prompt(json.loads(line)))
-        except ValueError as error:
-            faults.append(f"{file}, line {number}: {error}.")
+            check_characters(json.dumps(prompts[-1], ensure_ascii=False), where)
+        except (ValueError, RecursionError) as error:
+            faults.append(f"{where}: {error}.")
+        except UserError as error:
+            faults += error.faults
     if faults:
         raise UserError(*faults)
     if not prompts:

@@ -21,7 +21,7 @@ from mtp_jax.decoding.sampling import SamplingKind, Tempering
 from mtp_jax.encoding import encode_prompt, render_chat
 from mtp_jax.errors import UserError
 from mtp_jax.mtp.estimate import mean_tokens
-from mtp_jax.text import added_text, check_ids
+from mtp_jax.text import added_text, check_characters, check_ids
 
 _SMALLEST_BUCKET = 32
 _STEPS_BETWEEN_LOOKS = 4
@@ -116,6 +116,7 @@ class Generator:
         if isinstance(prompt, str):
             if not prompt:
                 raise UserError(f"{name}: is empty; give at least one character.")
+            check_characters(prompt, name)
             ids = encode_prompt(self.tokenizer, prompt)
         else:
             if self.tokenizer.chat_template is None:
@@ -124,6 +125,7 @@ class Generator:
                 text = render_chat(self.tokenizer, prompt, prompt=True)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
+            check_characters(text, name)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise UserError(f"{name}: the tokenizer makes no token of it.")
