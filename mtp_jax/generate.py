@@ -178,6 +178,7 @@ def _record(generator: "Generator", done: "Completion") -> dict[str, Any]:
         "text": generator.text(done),
         "token_ids": done.token_ids,
         "new_tokens": len(done.token_ids),
+        "finish_reason": done.finish_reason,
         "steps": done.steps,
         "seconds": round(done.prefill_seconds + done.seconds, 6),
         "accepted": done.accepted,

@@ -5,7 +5,7 @@ Writes the file that `data.continuations` of the config names. Run again after a
 
 import argparse
 
-from mtp_jax.errors import UserError, run_command
+from mtp_jax.errors import UserError, run_command, warn
 
 
 def main() -> None:
@@ -47,15 +47,20 @@ def main() -> None:
         return
     if done:
         console.print(f"{done} of {len(prompts)} continuations are there already", highlight=False)
+    cut_short = 0
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("regenerating", total=len(prompts), completed=done)
 
         def complete(batch: list[list[int]]) -> list[list[int]]:
+            nonlocal cut_short
             completions = generator.complete(batch, wanted.new_tokens, arguments.batch_size)
+            cut_short += sum(completion.finish_reason == "context" for completion in completions)
             progress.advance(bar, len(batch))
             return [completion.token_ids for completion in completions]
 
         write_continuations(out, prompts, tokenizer, complete, arguments.batch_size)
+    if cut_short:
+        warn(f"{cut_short} continuations are cut short, as the context of {context} tokens is full.")
     print(f"continuations: {out}")
 
 

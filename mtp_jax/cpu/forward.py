@@ -57,13 +57,14 @@ class CpuForward:
         cache: Cache,
         masks: MaskRows | None = None,
         first: bool = False,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B R D"], Float[Array, "B Q D"], Cache]:
         """What `Decoder.step` gives."""
         del first  # rows see only slots that hold something
         assert not isinstance(cache, LayerCache)
         g, R = self.model.g, tokens.shape[1]
         m = jnp.zeros((0, g.D)) if masks is None else masks.embeddings
-        rows, (_, kinds) = step_rows(g, start, R, masks), g.kinds
+        rows, (_, kinds) = step_rows(g, start, R, masks, lengths), g.kinds
         weights, norm = variables["layers"], variables["norm"]
         x, written = layers(tokens, variables["embed"], m, rows, weights, norm, cache, kinds, g.norm_epsilon)
         return x[:, :R], x[:, R:], written

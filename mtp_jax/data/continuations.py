@@ -3,7 +3,6 @@
 Drafts are verified against what the base model would write next, and its own text holds exactly that at every token.
 """
 
-import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from mtp_jax.config import Continuations
 from mtp_jax.data.datasets import SourceDocuments, Stream, reason
 from mtp_jax.data.documents import Completion, Content, Document, Documents, Tokens
 from mtp_jax.data.tokens import Encoder
+from mtp_jax.encoding import special_tokens
 from mtp_jax.errors import UserError, warn
 from mtp_jax.storage import local
 from mtp_jax.text import added_text
@@ -44,7 +44,7 @@ def choose_prompts(
         UserError: no document is long enough for a prompt, or short enough for the model's context.
     """
     draw, encode = np.random.default_rng(seed), Encoder(tokenizer)
-    before = _before_a_text(tokenizer)
+    before, _ = special_tokens(tokenizer)
     share = np.asarray(weights) / np.sum(weights)
     turns = [_turns(source, draw) for source in sources]
     chosen = fruitless = 0
@@ -54,8 +54,6 @@ def choose_prompts(
         if len(starts):
             ids = tokens[: draw.choice(starts)].tolist()
         else:
-            while len(tokens) > 1 and tokens[-2] == tokenizer.eos_token_id:  # some tokenizers add it too
-                tokens = tokens[:-1]
             ends = np.arange(wanted.prompt_tokens, len(tokens))
             end = int(draw.choice(ends)) if len(ends) else 0
             start = max(0, end - wanted.prompt_tokens)
@@ -80,13 +78,6 @@ def _turns(source: SourceDocuments, draw: np.random.Generator) -> Iterator[Docum
             yield from source
         else:
             yield from (source[number] for number in reversed(draw.permutation(len(source)).tolist()))
-
-
-def _before_a_text(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer puts before a text."""
-    found = tokenizer("a", return_special_tokens_mask=True, verbose=False)
-    pairs = zip(found["input_ids"], found["special_tokens_mask"], strict=True)
-    return [id_ for id_, _ in itertools.takewhile(lambda pair: pair[1], pairs)]
 
 
 def _added(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
@@ -250,7 +241,6 @@ def check_continuations(found: Sequence[Document], tokenizer: Any) -> None:
 
 def _comes_back(content: Completion, tokenizer: Any) -> bool:
     """Whether the tokens of a text can be only those of its prompt and, behind them, of its completion."""
-    prompt = tokenizer(content.prompt, verbose=False)["input_ids"]
-    new = tokenizer(content.completion, add_special_tokens=False, verbose=False)["input_ids"]
-    same = tokenizer(content.prompt + content.completion, verbose=False)["input_ids"] == prompt + new
-    return same and _added(tokenizer, prompt, new) == content.completion
+    pieces = (content.prompt, content.completion, content.prompt + content.completion)
+    prompt, new, both = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in pieces)
+    return both == prompt + new and _added(tokenizer, prompt, new) == content.completion

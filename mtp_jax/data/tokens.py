@@ -55,9 +55,8 @@ class Encoder:
         """Texts and completions end with the end-of-text token, conversations as the template ends them.
 
         Raises:
-            UserError: the document cannot be read.
-            BadRecord: it holds what cannot be trained on, does not fit the chat template, or has a token unknown to
-                the model.
+            UserError: the document cannot be read, or has a token unknown to the model.
+            BadRecord: it holds what cannot be trained on, or does not fit the chat template.
         """
         encoded = self._encoded(document)
         check_ids(encoded.tokens, self.tokenizer, document.name)

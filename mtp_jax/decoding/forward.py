@@ -50,6 +50,7 @@ class Forward(Protocol):
         cache: Cache,
         masks: MaskRows | None = None,
         first: bool = False,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B R D"], Float[Array, "B Q D"], Cache]:
         """Latents of real and mask rows and the cache with the real rows, as `Decoder.step` gives them."""
 
@@ -102,9 +103,12 @@ class XlaForward:
         cache: Cache,
         masks: MaskRows | None = None,
         first: bool = False,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B R D"], Float[Array, "B Q D"], Cache]:
         """`Decoder.step`."""
-        return self._apply(variables, tokens, start, cache, masks, variables.get("fused"), first, method="step")
+        return self._apply(
+            variables, tokens, start, cache, masks, variables.get("fused"), first, lengths, method="step"
+        )
 
     def logits(self, variables: Variables, latents: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """`Decoder.logits`."""

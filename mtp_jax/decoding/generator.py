@@ -39,6 +39,7 @@ class Completion:
     prefill_seconds: float  # of the whole batch this prompt was in, compilation excluded
     seconds: float  # of its decoding steps
     prompt_ids: Sequence[int] = ()
+    finish_reason: str = ""  # "stop", "length" (as many tokens as asked for) or "context" (which is full)
 
     @property
     def tokens_per_step(self) -> float:
@@ -220,9 +221,13 @@ class Generator:
                 prefilled - begin,
                 seconds,
                 prompts[i],
+                self._why_finished(int(tokens[i, length[i] - 1]), int(length[i] - lengths[i]), max_new_tokens),
             )
             for i in range(len(prompts))
         ]
+
+    def _why_finished(self, last: int, new: int, max_new_tokens: int) -> str:
+        return "stop" if new and last in self.stops else "length" if new == max_new_tokens else "context"
 
     def _scope(self) -> Any:
         stack = contextlib.ExitStack()

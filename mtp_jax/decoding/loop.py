@@ -132,7 +132,9 @@ class Decoding:
                 anchors = jnp.broadcast_to(prompt_length[:, None] - 1, (B, M))
                 offsets = np.arange(1, M + 1)
                 masks = MaskRows(variables["mtp"]["masks"][:M], anchors, offsets, np.zeros(M, int))
-            latents, block, cache = self.forward.rows(variables, rows, jnp.full(B, start), cache, masks, start == 0)
+            latents, block, cache = self.forward.rows(
+                variables, rows, jnp.full(B, start), cache, masks, start == 0, prompt_length
+            )
             at = prompt_length - 1 - start
             here = jnp.take_along_axis(latents, jnp.clip(at, 0, rows.shape[1] - 1)[:, None, None], axis=1)[:, 0]
             last = jnp.where(((at >= 0) & (at < rows.shape[1]))[:, None], here, last)

@@ -41,9 +41,11 @@ class PassWriter:
 
 
 def speed_line(done: list[Completion], plan: str) -> str:
-    """Tokens, tokens per step and speed of one batch of completions."""
+    """Tokens, tokens per step and speed of one batch of completions, and how many the context has cut short."""
     tokens, seconds = sum(len(c.token_ids) for c in done), done[0].prefill_seconds + done[0].seconds
-    return f"[{plan}: {tokens} tokens, {tokens_per_step(done):.2f} per step, {tokens / seconds:.0f} tokens/s]"
+    full = [len(c.prompt_ids) + len(c.token_ids) for c in done if c.finish_reason == "context"]
+    cut = f"; {len(full)} of {len(done)} cut short, as the context of {full[0]} tokens is full" if full else ""
+    return f"[{plan}: {tokens} tokens, {tokens_per_step(done):.2f} per step, {tokens / seconds:.0f} tokens/s{cut}]"
 
 
 def comparison(

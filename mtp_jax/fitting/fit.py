@@ -142,7 +142,7 @@ def check_decoding(config: Config, g: Geometry, place: Place, plan: str | None, 
         UserError: an unknown plan, one with more masks than the adapter has, or more slots than the model's context.
     """
     if slots > g.max_positions:
-        raise UserError(f"--slots {slots}: the model's context has {g.max_positions} (max_position_embeddings).")
+        raise UserError(f"--slots {slots}: the model's context has {g.max_positions}.")
     shape = None if config.objective == "next_token" else adapter_shape(config)
     most = shape.masks if shape else 0
     chosen = parse_plan(plan) if plan else quadratic(most) if most else plain()

@@ -52,7 +52,9 @@ class StepRows(NamedTuple):
     own: Bool[Array, "kinds B R R"]  # which of the step's own rows a row sees
 
 
-def step_rows(g: Geometry, start: Int[Array, " B"], real: int, masks: MaskRows | None) -> StepRows:
+def step_rows(
+    g: Geometry, start: Int[Array, " B"], real: int, masks: MaskRows | None, lengths: Int[Array, " B"] | None = None
+) -> StepRows:
     """`real` consecutive rows from position `start`, then mask rows (docs/how-it-works.md, sections 2 and 7)."""
     positions = reach = start[:, None] + jnp.arange(real)
     block, order = np.full(real, -1), np.zeros(real, int)  # of a real row: no block
@@ -69,7 +71,8 @@ def step_rows(g: Geometry, start: Int[Array, " B"], real: int, masks: MaskRows |
     own = jnp.stack([own if window is None else own & (distance < window) for window in windows])
     low = jnp.stack([jnp.zeros_like(positions) if w is None else jnp.maximum(positions - w + 1, 0) for w in windows])
     high = jnp.broadcast_to(jnp.minimum(start[:, None], reach + 1), low.shape)
-    return StepRows(start, *angles(g.rope, positions), low, high, own)
+    cos, sin = angles(g.rope, positions, None if lengths is None else lengths[:, None])
+    return StepRows(start, cos, sin, low, high, own)
 
 
 class RMSNorm(nn.Module):
@@ -267,7 +270,7 @@ class Decoder(nn.Module):
         x = nn.with_logical_constraint(x, ("batch", "rows", None))
         windows, kinds = g.kinds
         visible = jnp.stack([visibility(positions, positions, segments, segments, window) for window in windows])
-        cos, sin = angles(g.rope, positions)
+        cos, sin = angles(g.rope, positions, positions.max(axis=1, keepdims=True) + 1)
 
         def attention(q: Array, held: LayerCache, kind: Any) -> Array:
             if self.attention == "xla" or misfit(self.attention, q.shape[1], g.H, q.dtype):
@@ -293,6 +296,7 @@ class Decoder(nn.Module):
         masks: MaskRows | None = None,
         fused: Any = None,
         first: bool = False,
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B R D"], Float[Array, "B Q D"], Cache]:
         """Latents of real rows and of mask rows after the final norm, and the cache with the real rows written.
 
@@ -302,12 +306,13 @@ class Decoder(nn.Module):
         Args:
             fused: for each layer what `Layer.step` takes, see there; stacked, under `layers`, where layers are scanned.
             first: nothing is in the cache yet, `start` being 0.
+            lengths: of the prompts, in prefill: see `angles`.
         """
         B, R = tokens.shape
         m = jnp.zeros((0, self.g.D)) if masks is None else masks.embeddings
         x = self.embed()[tokens].astype(self.dtype)
         x = jnp.concatenate([x, jnp.broadcast_to(m.astype(self.dtype), (B, *m.shape))], axis=1)
-        rows, (_, kinds) = step_rows(self.g, start, R, masks), self.g.kinds
+        rows, (_, kinds) = step_rows(self.g, start, R, masks, lengths), self.g.kinds
         slots = jnp.arange((cache if isinstance(cache, LayerCache) else cache[0]).k.shape[-2])
         visible = (rows.low[..., None] <= slots) & (slots < rows.high[..., None])
 

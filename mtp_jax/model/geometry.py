@@ -28,6 +28,7 @@ class Geometry:
     """The shape of a base model. Hashable, so that it can be a static argument.
 
     V vocabulary, D model width, L layers, N query heads, K key/value heads, H head width, F mlp width.
+    `max_positions` is the context: `max_position_embeddings`, or what scaled RoPE reaches.
     `windows[l]` is the sliding window of layer l in tokens, None where the layer sees everything before it.
     """
 
@@ -110,7 +111,7 @@ class Geometry:
             K=K,
             H=H,
             F=F,
-            max_positions=max_positions,
+            max_positions=rope.context,
             norm_epsilon=read.number("rms_norm_eps", 1e-6),
             rope=rope,
             windows=windows,

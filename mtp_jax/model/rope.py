@@ -21,11 +21,14 @@ _REQUIRED = {
 class Rope:
     """Angular frequency of each pair of head dimensions, and the factor that scales cos and sin (yarn).
 
-    `dynamic` scaling equals `default` up to `max_position_embeddings`, beyond which we refuse to go.
+    `dynamic` scaling changes the frequencies with the length of a sequence beyond `max_position_embeddings`.
     """
 
     inv_freq: tuple[float, ...]  # [H/2], radians per position
     scale: float = 1.0
+    context: int = 0  # positions that the scaling reaches
+    # theta and its exponent, factor, and the length beyond which frequencies change
+    dynamic: tuple[float, float, float, int] | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any], H: int, max_positions: int, where: str, faults: list[str]) -> "Rope":
@@ -60,7 +63,14 @@ class Rope:
             plain = _llama3(plain, rope, original)
         elif kind == "yarn":
             plain, scale = _yarn(plain, float(theta), rope, original)
-        return cls(tuple(float(f) for f in plain), scale)
+        # Scaling reaches `factor` times the original length (transformers, modeling_rope_utils.py), and configs give
+        # that product or the original length as max_position_embeddings; llama3 models otherwise what they reach.
+        if kind in ("linear", "dynamic", "yarn") or (kind == "llama3" and max_positions <= original):
+            context = max(max_positions, int(rope["factor"] * original))
+        else:
+            context = max_positions
+        dynamic = (float(theta), H / (H - 2), float(rope["factor"]), max_positions) if kind == "dynamic" else None
+        return cls(tuple(float(f) for f in plain), scale, context, dynamic)
 
 
 def _llama3(plain: np.ndarray, rope: dict[str, Any], original: int) -> np.ndarray:
@@ -97,10 +107,22 @@ def _yarn(plain: np.ndarray, theta: float, rope: dict[str, Any], original: int) 
 
 
 def angles(
-    rope: Rope, positions: Int[Array, "*rows"]
+    rope: Rope, positions: Int[Array, "*rows"], lengths: Int[Array, "*lengths"] | None = None
 ) -> tuple[Float[Array, "*rows 1 half"], Float[Array, "*rows 1 half"]]:
-    """Cosine and sine of every position's rotation, float32, to be shared by all layers and heads."""
-    angle = positions[..., None, None].astype(jnp.float32) * jnp.asarray(rope.inv_freq, jnp.float32)
+    """Cosine and sine of every position's rotation, float32, to be shared by all layers and heads.
+
+    Args:
+        lengths: of the sequences that are computed at once, to broadcast with `positions`; dynamic scaling counts these
+            tokens, and by default those up to a position, as in decoding one by one.
+    """
+    inv_freq = jnp.asarray(rope.inv_freq, jnp.float32)
+    if rope.dynamic is not None:
+        (theta, exponent, factor, unchanged), H = rope.dynamic, 2 * len(rope.inv_freq)
+        count = positions + 1 if lengths is None else jnp.maximum(positions + 1, lengths)
+        base = theta * (factor * count.astype(jnp.float32) / unchanged - (factor - 1)) ** exponent
+        changed = 1 / base[..., None, None] ** (jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+        inv_freq = jnp.where((count > unchanged)[..., None, None], changed, inv_freq)
+    angle = positions[..., None, None].astype(jnp.float32) * inv_freq
     return jnp.cos(angle) * rope.scale, jnp.sin(angle) * rope.scale
 
 

@@ -94,7 +94,7 @@ def check_length(config: Config, g: Geometry) -> None:
     if config.train.sequence_length > g.max_positions:
         raise UserError(
             f"train.sequence_length={config.train.sequence_length} is longer than the model's context of "
-            f"{g.max_positions} (max_position_embeddings)."
+            f"{g.max_positions}."
         )
 
 

@@ -46,7 +46,7 @@ def test_json_holds_text_tokens_steps_and_seconds(command, file, small_folder):
     records = [json.loads(line) for line in outcome.out.splitlines()]
     generator = mtp_jax.load(str(small_folder))
     for record, prompt in zip(records, PROMPTS, strict=True):
-        assert record.keys() == {"text", "token_ids", "new_tokens", "steps", "seconds", "accepted"}
+        assert record.keys() == {"text", "token_ids", "new_tokens", "finish_reason", "steps", "seconds", "accepted"}
         (alone,) = generator([prompt], 6)
         assert record["token_ids"] == alone.token_ids and record["text"] == generator.text(alone)
         assert (record["new_tokens"], record["steps"]) == (len(alone.token_ids), len(alone.token_ids) - 1)

@@ -246,3 +246,25 @@ def test_the_default_plan_takes_the_rows_that_are_cheap(code):
     assert str(parse(None, 8, 1, "cuda")) == "quadratic:7"
     assert str(parse(None, 8, 8, "cuda")) == "quadratic:1"
     assert str(parse(None, 2, 1, "cuda")) == "quadratic:2"
+
+
+@pytest.mark.parametrize("plan", ["none", "linear:2", "quadratic:2"])
+def test_dynamic_frequencies_beyond_the_original_length(models, tmp_path, plan):
+    """The base is loaded anew for each prompt: its rotary module remembers the longest sequence."""
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}
+    model = models.make("llama", num_hidden_layers=1, max_position_embeddings=16, rope_parameters=scaling)
+    model.save_pretrained(tmp_path / "base")
+    noisy_adapter(tmp_path / "base", tmp_path / "adapter")
+    out = export(tmp_path / "adapter", tmp_path / "out")
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(2, 96, (n,), generator=draw) for n in (5, 17, 40)]
+    alone = [
+        AutoModelForCausalLM.from_pretrained(out).generate(ids[None], max_new_tokens=24, do_sample=False)[0, len(ids) :]
+        for ids in prompts
+    ]
+    width = max(map(len, prompts))
+    padded = torch.stack([torch.nn.functional.pad(ids, (width - len(ids), 0)) for ids in prompts])
+    mask = torch.arange(width) >= width - torch.tensor([len(ids) for ids in prompts])[:, None]
+    fast = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    found = fast.generate(padded, attention_mask=mask.long(), max_new_tokens=24, plan=plan)[:, width:]
+    assert torch.equal(found, torch.stack(alone))

@@ -25,6 +25,7 @@ def yarn(**values):
 
 
 LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+SHORT = {"max_position_embeddings": 16}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 # name: family, config, and the config that it must differ from (None: the feature is in the shapes or a no-op).
@@ -45,6 +46,9 @@ CASES = {
     "llama yarn attention_factor": ("llama", yarn(attention_factor=0.7), yarn()),
     "llama yarn not truncated": ("llama", yarn(truncate=False), yarn()),
     "llama yarn default betas": ("llama", yarn(beta_fast=None), yarn(beta_fast=2.0, truncate=False)),
+    "llama linear beyond": ("llama", rope("linear", factor=3.0) | SHORT, None),
+    "llama dynamic beyond": ("llama", rope("dynamic", factor=4.0) | SHORT, SHORT),
+    "llama yarn beyond": ("llama", yarn(original_max_position_embeddings=16) | SHORT, SHORT),
     "mistral": ("mistral", {"sliding_window": None}, None),
     "mistral window": ("mistral", {"sliding_window": 7}, {"sliding_window": 8}),
     "mistral tied linear": (

@@ -448,12 +448,15 @@ class Rows:
         ]
         rope = self.inner.rotary_emb
         dynamic = getattr(rope, "rope_type", "default") == "dynamic"
-        self.most = config.max_position_embeddings if dynamic else None
-        # The rotary module itself is not called: it would rescale itself for masks beyond the context.
+        # The rotary module itself is not called: dynamic frequencies would follow drafts and masks too.
         self.frequencies, self.rope_scale = rope.original_inv_freq if dynamic else rope.inv_freq, rope.attention_scaling
+        self.dynamic = config.rope_parameters if dynamic else None
 
-    def __call__(self, tokens, layout, starts, cache):
-        """Latents [B, R, D] of real rows and [B, Q, D] of mask rows, of calls that begin at positions `starts`."""
+    def __call__(self, tokens, layout, starts, cache, lengths=None):
+        """Latents [B, R, D] of real rows and [B, Q, D] of mask rows, of calls that begin at positions `starts`.
+
+        `lengths` [B] are those of prompts, whose tokens are computed at once: dynamic RoPE counts them.
+        """
         B, R = tokens.shape
         n = layout.positions.shape[1]
         x = self.embedding(tokens).flatten(0, 1)
@@ -462,8 +465,9 @@ class Rows:
             x = torch.cat([x, masks.repeat(B, 1)])
         same = len(set(starts)) == 1
         begins = torch.tensor(starts, device=tokens.device)
-        positions = self._flat((begins[:, None] + layout.positions)[..., None], R)[:, 0]
-        angles = positions[:, None].float() * self.frequencies.to(tokens.device, torch.float32)
+        positions = begins[:, None] + layout.positions
+        counts = positions + 1 if lengths is None else torch.maximum(positions + 1, lengths[:, None])
+        angles = self._flat(positions[..., None], R).float() * self._frequencies(self._flat(counts[..., None], R))
         angles = torch.cat([angles, angles], dim=-1)[:, None]
         cos, sin = (angles.cos() * self.rope_scale).to(x.dtype), (angles.sin() * self.rope_scale).to(x.dtype)
         masks = {}
@@ -508,6 +512,17 @@ class Rows:
     def logits(self, latents):
         """The base head, float32."""
         return self.head_product(latents)[0].float()
+
+    def _frequencies(self, counts):
+        """Frequencies of rows that stand in so many tokens each."""
+        plain = self.frequencies.to(counts.device, torch.float32)
+        if self.dynamic is None:
+            return plain
+        theta, factor, H = self.dynamic["rope_theta"], self.dynamic["factor"], 2 * len(plain)
+        unchanged = self.config.max_position_embeddings
+        base = theta * (factor * counts / unchanged - (factor - 1)) ** (H / (H - 2))
+        changed = 1 / base ** (torch.arange(0, H, 2, device=counts.device) / H)
+        return torch.where(counts > unchanged, changed, plain)
 
     def _flat(self, x, R):
         """[B, n, ...] as rows: real rows of all sequences, then mask rows."""
@@ -678,10 +693,6 @@ class Decoding:
         """New tokens of each prompt, its steps, and how many of them emitted 0, 1, ... drafts."""
         B, d = len(prompts), self.plan.drafts
         longest = max(map(len, prompts)) + room
-        if self.rows.most is not None and longest > self.rows.most:
-            raise ValueError(
-                f"{longest} tokens exceed the context of {self.rows.most}, beyond which dynamic RoPE would change."
-            )
         new, steps, histogram = [[] for _ in prompts], [0] * B, [[0] * (d + 1) for _ in prompts]
         going = [True] * B
 
@@ -725,7 +736,7 @@ class Decoding:
             offsets = torch.arange(1, count + 1, device=self.device)
             anchors = (ends - start)[:, None].expand(B, count)
             layout = Layout(part.shape[1], anchors, offsets, torch.zeros_like(offsets), self.device)
-            latents, block = self.rows(part, layout, [start] * B, cache)
+            latents, block = self.rows(part, layout, [start] * B, cache, ends + 1)
             at = ends - start
             here = latents[torch.arange(B, device=latents.device), at.clamp(0, part.shape[1] - 1)]
             last = here if last is None else torch.where((at >= 0)[:, None], here, last)
