@@ -13,6 +13,7 @@ import numpy as np
 from mtp_jax.config import Continuations
 from mtp_jax.data.datasets import SourceDocuments, Stream, reason
 from mtp_jax.data.documents import Completion, Content, Document, Documents, Tokens
+from mtp_jax.data.json_lines import DataFile, JsonLines, parse
 from mtp_jax.data.tokens import Encoder
 from mtp_jax.encoding import special_tokens
 from mtp_jax.errors import UserError, warn
@@ -178,12 +179,19 @@ class Continuation(Document):
         self.table, self.number = table, number
         self.name = f"continuations#{number}"
 
+    def values(self) -> dict[str, Any]:
+        """The record; raises UserError where the line is none."""
+        try:
+            return parse(self.table[self.number])
+        except ValueError as error:
+            raise UserError(f"{self.table.place(self.number)}: {error}.") from error
+
     def text(self) -> str:
-        values = self.table[self.number]
+        values = self.values()
         return values["prompt"] + values["completion"]
 
     def content(self) -> Content:
-        values = self.table[self.number]
+        values = self.values()
         if values.get("prompt_ids") is None:
             return Completion(values["prompt"], values["completion"], whole=False)
         return Tokens(values["prompt_ids"], values["completion_ids"])
@@ -195,8 +203,6 @@ def read_continuations(wanted: Continuations) -> Documents:
     Raises:
         UserError: no such file, or one that `python -m mtp_jax.regenerate` did not write.
     """
-    from datasets import load_dataset
-
     path = local(wanted.path)
     if not path.is_file():
         raise UserError(
@@ -204,16 +210,17 @@ def read_continuations(wanted: Continuations) -> Documents:
             "config writes it."
         )
     try:
-        table = load_dataset("json", data_files=str(path), split="train")
-    except Exception as error:  # whatever the library raises, the file is at fault
+        table = JsonLines.of_files([DataFile(str(path), path.name)])
+        if not len(table):
+            raise UserError(f"data.continuations.path: {wanted.path}: is empty; remove it and regenerate.")
+        columns = parse(table[0])
+    except ValueError as error:
         raise UserError(f"data.continuations.path: {wanted.path}: cannot be read ({reason(error)}).") from error
-    if set(table.column_names) not in (set(_KEYS), set(_OLD_KEYS)):
+    if set(columns) not in (set(_KEYS), set(_OLD_KEYS)):
         raise UserError(
             f"data.continuations.path: {wanted.path}: should hold the prompts and completions that "
-            f"`python -m mtp_jax.regenerate` writes; its columns are {', '.join(table.column_names)}."
+            f"`python -m mtp_jax.regenerate` writes; its columns are {', '.join(columns)}."
         )
-    if not len(table):
-        raise UserError(f"data.continuations.path: {wanted.path}: is empty; remove it and regenerate.")
     return Documents(len(table), lambda number: Continuation(table, number))
 
 
@@ -227,7 +234,7 @@ def check_continuations(found: Sequence[Document], tokenizer: Any) -> None:
     doubtful = 0
     for document in (found[n * len(found) // count] for n in range(count)):
         assert isinstance(document, Continuation)
-        content, text = document.content(), document.table[document.number]["completion"]
+        content, text = document.content(), document.values()["completion"]
         if isinstance(content, Completion):
             doubtful += not _comes_back(content, tokenizer)
         elif isinstance(content, Tokens) and _added(tokenizer, content.prompt, content.completion) != text:

@@ -38,7 +38,7 @@ class Columns:
             raise BadRecord(f"{name}: {error}.") from error
         return content
 
-    def _content(self, values: dict[str, Any]) -> Content:
+    def _content(self, values: dict[str, Any]) -> Text | Completion | Conversation:
         given = [self._read(values, column) for column in self.names]
         if self.form in ("conversation", "sharegpt"):
             return Conversation(_messages(given[0], self.names[0]), self._tools(values))
@@ -114,7 +114,7 @@ def _as_written(value: Any, kind: Any, column: str) -> Any:
     raise ValueError(f"column {column!r} should hold text, not {type(value).__name__}")
 
 
-def _check_characters(content: Content) -> None:
+def _check_characters(content: Text | Completion | Conversation) -> None:
     """Raise ValueError for half a surrogate pair, which JSON can write and no text can hold."""
     parts = [json.dumps(content[:2], ensure_ascii=False)] if isinstance(content, Conversation) else content[:2]
     try:

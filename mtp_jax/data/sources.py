@@ -27,7 +27,7 @@ from mtp_jax.errors import BadRecord, UserError
 
 _SAMPLE = 10_000  # records of a source that are checked, spread evenly over it
 _STREAMED = 1_000  # the same, at the beginning of a stream
-_TOKENS = 5_000_000  # of a source that are enough
+_TOKENS = 2_000_000  # of a source that are enough
 
 
 def source_documents(
@@ -111,7 +111,7 @@ def check_supervision(
 ) -> list[str]:
     """A line for each source of records: how many, which of their tokens are supervised, and how many are too long.
 
-    Of each source it looks at up to 10,000 documents, spread evenly, or at fewer that have 5 million tokens.
+    Of each source it looks at up to 10,000 documents, spread evenly, or at fewer that have 2 million tokens.
 
     Args:
         sources: The training documents of each source.

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,11 +39,17 @@ def test_a_cards_snippets(folder):
 
 
 def test_a_referring_cards_snippet(small_folder, tmp_path):
-    noisy_adapter(small_folder, tmp_path / "adapter")
+    base = shutil.copytree(small_folder, tmp_path / "base")
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}{{ ' so: ' if add_generation_prompt }}"
+    )
+    (base / "chat_template.jinja").write_text(template)
+    noisy_adapter(base, tmp_path / "adapter")
     out = export(tmp_path / "adapter", tmp_path / "out", base="reference")
     (part,) = snippets((out / "README.md").read_text())
-    assert f'from_pretrained("{small_folder}")' in part
-    assert "def main():" in run(part, out)
+    assert f'from_pretrained("{base}")' in part
+    assert "user: What is a tide? so: " in run(part, out)
+    assert "--chat" in (out / "README.md").read_text() and "def main():" not in (out / "README.md").read_text()
 
 
 def test_the_readmes_snippets(folder):
