@@ -29,6 +29,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# Compiling takes most of the time of these tests, and making fast what runs once takes most of that. With
+# MTP_JAX_OPTIMISED=1 programs are compiled as users compile them.
+if not os.environ.get("MTP_JAX_OPTIMISED"):
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test reaches the network
 
 # Shells start what they run in the background with Ctrl-C ignored, and whoever inherits that cannot be tested with it.
@@ -178,13 +183,13 @@ def start():
     """A function that starts a command of mtp_jax as a process, by a script of one's own or plainly."""
     started = []
 
-    def popen(module, *arguments, script=None, **environment):
+    def popen(module, *arguments, script=None, **of_process):
         process = subprocess.Popen(
             [sys.executable, *([*script, module] if script else ["-m", f"mtp_jax.{module}"]), *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **environment},
+            env=environment(**of_process),
         )
         started.append(process)
         return process
@@ -217,6 +222,13 @@ def free_port():
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]
+
+
+def environment(devices=1, **more):
+    """Of a process that a test starts: with so many simulated devices, compiling as this one does, without torch."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    path = [str(Path(__file__).with_name("untorched")), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(path), **more}
 
 
 def listing(folder):
@@ -342,6 +354,16 @@ def bucket(monkeypatch, tmp_path):
         storage.filesystem.cache_clear()
         yield server
     storage.filesystem.cache_clear()
+
+
+@pytest.fixture
+def tpu_compiler(monkeypatch):
+    """The compiler for TPUs, which refuses flags of XLA that it does not know."""
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install '.[preflight]'")
+    import jax
+
+    jax.devices()  # reads the flags
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
 @pytest.fixture(scope="session")

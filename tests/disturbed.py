@@ -29,53 +29,52 @@ def disturb(action):
                     pass
 
 
-def before(owner, name, count, action, only=lambda *_: True, half=None):
-    """Disturb before the `count`-th call that `only` counts, or after half of it is done."""
-    original, calls = getattr(owner, name), []
-
-    def disturbed(*arguments, **named):
-        if only(*arguments):
-            calls.append(0)
-            if len(calls) == count:
-                if half:
-                    half(*arguments)
-                disturb(action)
-        return original(*arguments, **named)
-
-    setattr(owner, name, disturbed)
-
-
 def is_metrics(journal, _):
     return journal.path.name == "metrics.jsonl"
 
 
-def main(point, count, action, command, *arguments):
-    if point == "tokenizer":
-        before(Path, "rename", count, action, lambda path, to: Path(to).name == "tokenizer")
-    elif point == "line":
-        before(Journal, "write", count, action, is_metrics)
-    elif point == "torn":
-        before(Journal, "write", count, action, is_metrics, lambda journal, _: journal.file.write(b'{"step": 1, "los'))
-    elif point == "save":
-        before(Checkpoints, "save", count, action)
-    elif point == "begun":
-        original, calls = Checkpoints.save, []
+def arrange(point, count, action, patch=setattr):
+    """Let a point be disturbed when it is reached in this process; `patch` sets attributes."""
 
-        def save(*arguments):
-            original(*arguments)
-            calls.append(0)
-            if len(calls) == count:
+    def before(owner, name, only=lambda *_: True, half=None, after=False):
+        """Disturb before or after the `count`-th call that `only` counts, or when half of it is done."""
+        original, calls = getattr(owner, name), []
+
+        def disturbed(*arguments, **named):
+            if counts := only(*arguments):
+                calls.append(0)
+            now = counts and len(calls) == count
+            if now and not after:
+                if half:
+                    half(*arguments)
                 disturb(action)
+            result = original(*arguments, **named)
+            if now and after:
+                disturb(action)
+            return result
 
-        Checkpoints.save = save
+        patch(owner, name, disturbed)
+
+    if point == "tokenizer":
+        before(Path, "rename", lambda path, to: Path(to).name == "tokenizer")
+    elif point == "line":
+        before(Journal, "write", is_metrics)
+    elif point == "torn":
+        before(Journal, "write", is_metrics, lambda journal, _: journal.file.write(b'{"step": 1, "los'))
+    elif point in ("save", "begun"):
+        before(Checkpoints, "save", after=point == "begun")
     elif point == "manifest":
-        before(Path, "replace", count, action, lambda path, to: Path(to).name == "manifest.json")
+        before(Path, "replace", lambda path, to: Path(to).name == "manifest.json")
     elif point == "cut":
-        before(Path, "replace", count, action, lambda path, to: Path(to).name == "metrics.jsonl")
+        before(Path, "replace", lambda path, to: Path(to).name == "metrics.jsonl")
     elif point == "model":
-        before(folder_writer, "save_file", count, action)
+        before(folder_writer, "save_file")
     else:
         raise ValueError(point)
+
+
+def main(point, count, action, command, *arguments):
+    arrange(point, count, action)
     sys.argv = [command, *arguments]
     runpy.run_module(f"mtp_jax.{command}", run_name="__main__")
 

@@ -1,6 +1,5 @@
 """Preflight: what it prints, that it finds what does not fit, and bad input. No weights and no data are read."""
 
-import importlib.util
 import json
 
 import jax
@@ -8,7 +7,7 @@ import pytest
 
 from mtp_jax.fitting import fit
 
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+needs_compiler = pytest.mark.usefixtures("tpu_compiler")
 
 
 @pytest.fixture

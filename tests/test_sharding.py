@@ -1,14 +1,13 @@
 """A run on 8 devices computes what one device computes, however the mesh divides them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import read_lines
+from conftest import environment, read_lines
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 
@@ -34,7 +33,7 @@ def runs(make_tree, tmp_path_factory):
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     ended = subprocess.run(
         [sys.executable, Path(__file__).with_name("on_meshes.py"), folder / "config.yaml", json.dumps(MESHES)],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        env=environment(8),
         capture_output=True,
         text=True,
         check=False,

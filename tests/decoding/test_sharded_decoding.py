@@ -1,7 +1,6 @@
 """A model spread over devices writes what it writes on one."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from conftest import environment
 
 from mtp_jax.model.base import open_base
 from mtp_jax.model.weights import PROJECTIONS
@@ -35,7 +35,7 @@ def test_fsdp_and_tensor_axes_change_no_token(small_folder, tmp_path):
             tmp_path / "adapter",
             json.dumps(PROMPTS),
         ],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env=environment(4),
         capture_output=True,
         text=True,
         check=False,

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from compiling import quickly
 from exported import export, exported_code, noisy_adapter
 from transformers import AutoModelForCausalLM
 
@@ -92,7 +91,7 @@ def test_draft_logits_are_those_of_jax(made):
         return scores, forward.logits(variables, latent)
 
     with jax.default_matmul_precision("highest"):
-        want = quickly(ours, variables)
+        want = jax.jit(ours)(variables)
 
     code = exported_code()
     with torch.no_grad():

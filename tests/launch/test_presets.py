@@ -29,6 +29,7 @@ CHECKED = [(row[0], topology) for row in ROWS for topology in row[2].rsplit(", "
 def compiles(preset, program, **more):
     """Whether a process with a preset compiles."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    environment.pop("XLA_FLAGS", None)  # those of the CPU
     # Only compilation: no chip is opened, which is what libtpu's lock would guard.
     environment |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **more}
     command = f'{f". {ENV} {preset} && " if preset else ""}exec "$0" -c "$1"'

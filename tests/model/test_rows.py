@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import quickly
 
 from mtp_jax.decoding import loop
 from mtp_jax.decoding.forward import XlaForward
@@ -101,7 +100,7 @@ def test_what_a_cache_holds_beyond_a_row_is_not_seen(case):
         return model.apply({"params": params}, latents, method="logits")
 
     with jax.default_matmul_precision("highest"):
-        out = quickly(run, jnp.asarray(documents), cache)
+        out = jax.jit(run)(jnp.asarray(documents), cache)
     assert worst(np.asarray(out), plain) <= CLOSE
 
 
@@ -119,7 +118,7 @@ def test_rows_of_a_batch_may_be_at_different_positions(case):
         return model.apply({"params": params}, latents, method="logits")
 
     with jax.default_matmul_precision("highest"):
-        out = quickly(run, jnp.asarray(documents), cache)
+        out = jax.jit(run)(jnp.asarray(documents), cache)
     assert worst(np.asarray(out), np.take_along_axis(plain, np.asarray(at)[..., None], 1)) <= CLOSE
 
 

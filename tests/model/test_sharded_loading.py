@@ -1,11 +1,11 @@
 """Loading onto eight simulated devices gives every device its own part of the same values."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
+from conftest import environment
 
 PROGRAM = """
 import json, sys
@@ -65,9 +65,8 @@ def outcome(models, tmp_path_factory):
         "qwen3", vocab_size=90, num_attention_heads=6, attention_bias=True, num_hidden_layers=2
     ).save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder)], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, "-c", PROGRAM, str(folder)], capture_output=True, text=True, env=environment(8), timeout=300
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

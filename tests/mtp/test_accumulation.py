@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import quickly
 from tiny import SHAPE, geometry, make_batch, noisy
 
 from mtp_jax.model.chunks import cut
@@ -41,9 +40,9 @@ def test_chunks_of_blocks_change_nothing(terms):
             of = lambda a: loss.loss(a, {"params": params}, batch, totals, jnp.int32(0))  # noqa: E731
             return jax.value_and_grad(of, has_aux=True)(adapter)
 
-        (total, values), gradient = quickly(lambda a: compute(whole, a), adapter)
+        (total, values), gradient = jax.jit(lambda a: compute(whole, a))(adapter)
         chunked = dataclasses.replace(whole, anchor_chunk=3)  # the last chunk is filled up
-        (ours_total, ours_values), ours = quickly(lambda a: compute(chunked, a), adapter)
+        (ours_total, ours_values), ours = jax.jit(lambda a: compute(chunked, a))(adapter)
     near(ours_total, total, 1e-5)
     assert ours_values.keys() == values.keys()
     for name in values:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from compiling import quickly
 from tiny import SHAPE, T, geometry, latents_of, make_batch, noisy
 
 from mtp_jax.model.decoder import Decoder
@@ -25,6 +24,7 @@ def near(ours, theirs, bound):
 
 # Rows in a loss chunk, blocks in an attention chunk, blocks computed at a time.
 WHOLE, PIECES = (1024, 1024, None), (7, 2, 3)
+# One choice at a time says what is wrong.
 CASES = {
     "all anchors": ({}, SHAPE, PAPER, {}),
     "sampled anchors": ({"anchors": 4}, SHAPE, PAPER, {}),
@@ -57,20 +57,38 @@ CASES = {
         {"model_type": "qwen2", "tie_word_embeddings": True},
     ),
 }
-# What another case holds as well, some of them together.
-HELD = ("sampled anchors", "packed documents", "few targets", "ungated soft", "tied", "biases")
-
-
+# Several choices at a time, which together hold each.
+TOGETHER = {
+    "padded sequences of packed documents with prompts, paper sampler and all weights": (
+        {"anchors": 5, "documents": ((6, 4), (12,)), "prompt": 3},
+        dataclasses.replace(SHAPE, sampler="paper"),
+        LossTerms("data", 0.5, 2.0, 3.0, sampler_on_real=True, offset_weights="decay", decay=0.7),
+        {},
+    ),
+    "no sampler and hard base targets": (
+        {"documents": ((5, 7), (3, 4, 5))},
+        dataclasses.replace(SHAPE, sampler="none"),
+        LossTerms(target="base_hard"),
+        {},
+    ),
+    "total variation by expected length, biases, tied and few targets": (
+        {"anchors": 4},
+        dataclasses.replace(SHAPE, targets=("q", "v")),
+        LossTerms(target="total_variation", offset_weights="expected_length"),
+        {"model_type": "qwen2", "tie_word_embeddings": True},
+    ),
+}
+QUICK = ("all anchors", "ungated soft", *TOGETHER)
 # Chunked where the shape of a case makes a difference to it.
 CHUNKED = ("all anchors", "padded anchors", "ungated", "sliding windows", "total variation")
-RUNS = [pytest.param(case, WHOLE, marks=pytest.mark.slow if case in HELD else ()) for case in CASES] + [
+RUNS = [pytest.param(case, WHOLE, marks=() if case in QUICK else pytest.mark.slow) for case in CASES | TOGETHER] + [
     pytest.param(case, PIECES, marks=() if case == "sliding windows" else pytest.mark.slow) for case in CHUNKED
 ]
 
 
 @pytest.mark.parametrize(("case", "chunks"), RUNS)
 def test_equals_literal_packing(case, chunks):
-    batch_spec, shape, terms, changes = CASES[case]
+    batch_spec, shape, terms, changes = (CASES | TOGETHER)[case]
     g, batch = geometry(**changes), make_batch(**batch_spec)
     with jax.default_matmul_precision("highest"):
         params = noisy(init_params(g, jax.random.key(0)), jax.random.key(3), 0.1)
@@ -85,11 +103,11 @@ def test_equals_literal_packing(case, chunks):
             share = lambda a: ours.loss(a, frozen, batch, totals, jnp.int32(0))  # noqa: E731
             return jax.value_and_grad(share, has_aux=True)(adapter), latents_of(ours, adapter, frozen, batch)
 
-        ((total, values), gradient), (z_real, z) = quickly(compute, adapter)
+        ((total, values), gradient), (z_real, z) = jax.jit(compute)(adapter)
         literal = jax.value_and_grad(oracle.losses, has_aux=True)
-        (their_total, (their_values, latents)), their_gradient = quickly(
-            lambda a: literal(a, params, g, shape, terms, jax.tree.map(np.asarray, batch)), adapter
-        )
+        (their_total, (their_values, latents)), their_gradient = jax.jit(
+            lambda a: literal(a, params, g, shape, terms, jax.tree.map(np.asarray, batch))
+        )(adapter)
     for b, theirs in enumerate(latents):
         text = batch["segments"][b] > 0  # what padding computes means nothing
         near(z_real[b][text], theirs[:T][text], 1e-5)

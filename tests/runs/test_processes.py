@@ -18,14 +18,13 @@ def start_two(start):
     """A function that starts a train command as two processes of two devices: (config, overrides of each) -> Popens."""
 
     def popen(config, *overrides, second=()):
-        environment = {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        together = {
             "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
             "JAX_NUM_PROCESSES": "2",
             "MTP_JAX_HEARTBEAT_SECONDS": "3",
         }
         return [
-            start("train", "--config", config, *overrides, *mine, **environment, JAX_PROCESS_ID=str(i))
+            start("train", "--config", config, *overrides, *mine, devices=2, **together, JAX_PROCESS_ID=str(i))
             for i, mine in enumerate(((), second))
         ]
 

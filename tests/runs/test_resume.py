@@ -51,7 +51,7 @@ def start_disturbed(start):
     return popen
 
 
-def test_a_killed_run_ends_like_an_undisturbed_one(tree, write_config, start, start_disturbed, finish, undisturbed):
+def test_a_killed_run_ends_like_an_undisturbed_one(tree, write_config, start_disturbed, finish, command, undisturbed):
     config, folder, resumed = write_config(tree), Path(tree["output_dir"]), []
     # Lines of metrics: a line per step, and one more at steps 4, 8 and 12. Checkpoints: at steps 3, 6, 9 and 12, and at
     # 4 and 8, which are the best so far. A save waits until all but one before it are sealed: that of step 3 is at
@@ -74,7 +74,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tree, write_config, start, st
         resumed.append(sealed)
     assert resumed[-1] in (3, 4, 6, 8, 9), resumed
     assert not (folder / "model").exists()
-    ended = finish(start("train", "--config", config))
+    ended = command("train", "--config", config)
     assert ended.code == 0 and "resuming" in ended.err and "from step 12" in ended.err
     assert_complete(folder)
     assert_same(outcome_of_run(folder), undisturbed)
@@ -139,18 +139,23 @@ def assert_full_disk(ended, points=""):
 
 
 def test_a_run_on_a_full_disk_says_so_and_resumes_later(
-    tree, write_config, small_disk, start, start_disturbed, finish, undisturbed
+    tree, write_config, small_disk, start_disturbed, finish, command, monkeypatch, undisturbed
 ):
     folder = small_disk / "run"
     config = write_config({**tree, "output_dir": str(folder)})
     for point, count in [("line", 2), ("save", 1), ("begun", 1), ("model", 1)]:
-        ended = finish(start_disturbed(config, point, count, small_disk))
+        if point == "begun":  # a save that fails in the background, also while the process ends
+            ended = finish(start_disturbed(config, point, count, small_disk))
+        else:
+            with monkeypatch.context() as patched:
+                disturbed.arrange(point, count, small_disk, patched.setattr)
+                ended = command("train", "--config", config)
         if point == "begun" and ended.code == 0:
             continue  # the save was quicker than the filling of the disk
         assert_full_disk(ended, point)
         assert not (folder / "model").exists()
         (small_disk / BALLAST).unlink()
-    assert finish(start("train", "--config", config)).code == 0
+    assert command("train", "--config", config).code == 0
     assert_complete(folder)
     assert_same(outcome_of_run(folder), undisturbed)
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from conftest import free_port
+from conftest import environment, free_port
 from orbax.checkpoint import PyTreeCheckpointer, RestoreArgs
 
 SCRIPT = Path(__file__).with_name("gradients.py")
@@ -22,16 +21,11 @@ BOUND = 1e-5
 
 def run(config, meshes, devices, processes=1):
     """Run the script in so many processes of so many devices."""
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
-        "JAX_NUM_PROCESSES": str(processes),
-    }
+    together = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
     started = [
         subprocess.Popen(
             [sys.executable, SCRIPT, config, json.dumps(meshes)],
-            env={**environment, "JAX_PROCESS_ID": str(i)},
+            env=environment(devices, **together, JAX_PROCESS_ID=str(i)),
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import quickly
 from flax.traverse_util import unflatten_dict
 
 from mtp_jax.config import Train
@@ -49,7 +48,7 @@ def random_batch(V, seed=0):
 def step_with(g, params, tx, accumulation=1, chunk=40, **decoder):
     step = make_train_step(NextToken(Decoder(g, **decoder), chunk), tx, lambda _: 0.0, accumulation)
     with jax.default_matmul_precision("highest"):
-        return quickly(step, TrainState(jnp.int32(0), params, tx.init(params)), None, random_batch(g.V))
+        return jax.jit(step)(TrainState(jnp.int32(0), params, tx.init(params)), None, random_batch(g.V))
 
 
 def change(before, after):
@@ -96,7 +95,7 @@ def test_the_loss_is_the_mean_over_supervised_rows(g, params, reference):
         return model.apply({"params": params}, latents, method="logits")
 
     with jax.default_matmul_precision("highest"):
-        logits = quickly(logits_of, *(jnp.asarray(batch[name]) for name in ("tokens", "positions", "segments")))
+        logits = jax.jit(logits_of)(*(jnp.asarray(batch[name]) for name in ("tokens", "positions", "segments")))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
     right = np.asarray(logits.argmax(-1) == batch["labels"])
     assert np.isclose(reference[1]["loss"], losses[batch["supervised"]].mean(), rtol=1e-5)
@@ -151,7 +150,7 @@ def test_weight_decay_touches_matrices_only(llama_config, changes):
     params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
     zeros = jax.tree.map(np.zeros_like, params)
     tx = optimizer_for(g, weight_decay=0.5)
-    updates = quickly(lambda: tx.update(zeros, tx.init(params), params)[0])
+    updates = jax.jit(lambda: tx.update(zeros, tx.init(params), params)[0])()
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
         per_layer = update.ndim - (path[0].key == "layers")
         expected = -0.5 * SETTINGS.learning_rate if per_layer == 2 else 0.0
@@ -166,7 +165,7 @@ def test_gradients_are_clipped_by_their_global_norm(g, params, scale):
 
     def moments(clip, gradient):
         tx = optimizer_for(g, clip_norm=clip)
-        return quickly(lambda: optax.tree.get(tx.update(gradient, tx.init(params), params)[1], "mu"))
+        return jax.jit(lambda: optax.tree.get(tx.update(gradient, tx.init(params), params)[1], "mu"))()
 
     ours, expected = moments(0.5, gradient), moments(None, clipped)
     for a, b in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
