@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from fuzzing import KINDS, Ground, fuzz
 
+# Of a library that draws random numbers for itself while a case is made.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
+
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
