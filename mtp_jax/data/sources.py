@@ -211,7 +211,7 @@ def _look_at(sample: list[Document], encode: Encoder) -> _Looked:
         try:
             if encode.tokenizer is None or isinstance(document, FileDocument):
                 looked.content = document.content()
-                tokens += len(document.text()) // 4
+                tokens += sum(len(str(part)) for part in looked.content[:2]) // 4  # or so
                 continue
             encoded = encode.encode(document)
             looked.content = looked.content or document.content()

@@ -29,7 +29,7 @@ BAD = {
     "empty": ({"messages": []}, "column 'messages' holds no message"),
     "null content": ({"messages": [{"role": "user", "content": None}]}, "the chat template refuses the conversation ("),
     "two users": ({"messages": turns("a") * 2}, "the chat template refuses the conversation (Roles should alternate)."),
-    "surrogate": ({"messages": turns("\ud83d", "b")}, r"holds '\ud83d', half of a surrogate pair"),
+    "surrogate": ({"messages": turns("\ud83d", "b")}, r"holds '\ud83d' (half a surrogate pair)"),
     "other form": ({"text": "a"}, "column 'messages' should hold a list of messages"),
 }
 

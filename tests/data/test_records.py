@@ -248,7 +248,7 @@ def test_other_columns_are_refused_with_a_mapping_that_works(tmp_path, record, s
         ({"messages": [ASK], "tools": "what?"}, "column 'tools' should hold a list of tools"),
         (
             {"messages": [ASK, {"role": "assistant", "content": "\ud83d and"}]},
-            r"holds '\ud83d', half of a surrogate pair",
+            r"holds '\ud83d' (half a surrogate pair)",
         ),
         ([1], "should be an object of columns, not list"),
     ],
@@ -274,7 +274,7 @@ def test_half_a_surrogate_pair_is_named(tmp_path, record):
     good, bad = source_documents(write([whole, record], tmp_path, "jsonl"))
     assert set(good.content()[:2]) == {"\U0001f6a4"}
     with pytest.raises(
-        UserError, match=r"^rows\.jsonl#1: holds '\\ud.*', half of a surrogate pair, .* \(rows\.jsonl, line 2\)\.$"
+        UserError, match=r"^rows\.jsonl#1: holds '\\ud.*' \(half a surrogate pair\), .* \(rows\.jsonl, line 2\)\.$"
     ):
         bad.content()
 
