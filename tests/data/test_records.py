@@ -160,6 +160,20 @@ def test_parquet_files_of_unlike_types_are_one_dataset(tmp_path, streaming):
     assert [document.name for document in found] == [f"part-*.parquet#{i}" for i in range(3)]
 
 
+@pytest.mark.parametrize("how", ["saved", "parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_nobody_asked_for_are_not_decoded(tmp_path, how, streaming):
+    import datasets
+
+    kinds = datasets.Features({"text": datasets.Value("string"), "picture": datasets.Image()})
+    rows = {"text": ["a", "b"], "picture": [{"bytes": b"no picture", "path": None}] * 2}
+    data = datasets.Dataset.from_dict(rows, features=kinds)
+    path = tmp_path / f"rows.{how}"
+    data.save_to_disk(path) if how == "saved" else data.to_parquet(path)
+    found = source_documents(Source(kind="dataset", path=str(path), streaming=streaming))
+    assert [document.text() for document in found] == ["a", "b"]
+
+
 # ---- CSV
 
 
