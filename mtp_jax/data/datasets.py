@@ -159,16 +159,19 @@ def dataset_records(source: Source, key: str, bad_records: BadRecords = Document
         # From JSON and CSV the library would infer types, and change what records hold.
         read = _read_lines if formats & {"json", "csv"} else _read_tables
         opened, columns = read(source, files, f"{key}.columns")
-        if source.streaming:
-            # The library notes in a dataset how far it was read: readers that share one would disturb each other.
-            return Stream(opened, name, columns.content, bad_records=bad_records)
-        table = Table(opened(), name, columns, bad_records)
+        data = opened()
+        if next(iter(data), None) is None if source.streaming else not len(data):
+            raise UserError(f"{key}: {given} has no records.")
     except UserError:
         raise
     except Exception as error:  # whatever the library raises, the dataset or its name is at fault
         where = f"{key}.{'name' if source.path is None else 'path'}"
         raise UserError(f"{where}: {given}: cannot be loaded ({reason(error)}).") from error
-    return Documents(len(table.data), lambda number: Record(table, number))
+    if source.streaming:
+        # The library notes in a dataset how far it was read: readers that share one would disturb each other.
+        return Stream(opened, name, columns.content, bad_records=bad_records)
+    table = Table(data, name, columns, bad_records)
+    return Documents(len(data), lambda number: Record(table, number))
 
 
 Opened = tuple[Callable[[], Any], Columns]  # what gives the records; those of a stream, to each reader anew
@@ -201,14 +204,17 @@ def _read_lines(source: Source, files: dict[str, list[DataFile]], key: str) -> O
             fault = fault or error
     if fault and not records:
         raise fault
-    return opened, _columns(source, records, key)
+    found = dict.fromkeys(column for record in records for column in record)
+    # That there is no record at all is for the caller to say.
+    return opened, _columns(source, list(found), records, key) if records else Columns("text", ())
 
 
 def _read_tables(source: Source, files: dict[str, list[DataFile]], key: str) -> Opened:
     stored = [file.path for file in files.get(source.split or "train", []) if format_of(file.name) == "parquet"]
     parquet = bool(stored) and "://" not in stored[0]
     data = _load(source, files, source.streaming or parquet)
-    columns = _columns(source, list(itertools.islice(data, 1)), key, data.column_names, dict(data.features or {}))
+    found = data.column_names or list(next(iter(data), {}))
+    columns = _columns(source, found, itertools.islice(data, 1), key, dict(data.features or {}))
     if not parquet:
         data = data.select_columns(columns.wanted)
         return lambda: _load(source, files, True).select_columns(columns.wanted) if source.streaming else data, columns
@@ -319,15 +325,12 @@ def reason(error: BaseException) -> str:
 
 def _columns(
     source: Source,
-    records: list[dict[str, Any]],
+    found: list[str],
+    records: Iterable[dict[str, Any]],
     key: str,
-    found: list[str] | None = None,
     types: dict[str, Any] | None = None,
 ) -> Columns:
-    """The form of the records, and the dataset's columns for it: those `found`, or those of some records."""
-    if not records:
-        raise UserError(f"{key.removesuffix('.columns')}: {source.name or source.path} has no records.")
-    found = found or list(dict.fromkeys(column for record in records for column in record))
+    """The form of the records, and those of the columns `found` that it takes; `records` are examples for a fault."""
     chosen = chosen_forms(source.columns)
     tools = source.columns.get(TOOLS, TOOLS)
     missing = {tools} - set(found) if TOOLS in source.columns else set()
@@ -344,7 +347,7 @@ def _columns(
         wanted = f"has no column {' and no column '.join(repr(column) for column in sorted(missing))}"
     else:
         wanted = "has neither a column 'messages', nor 'prompt' and 'completion', nor 'text', nor 'conversations'"
-        has += _advice(records[0])
+        has += _advice(next(iter(records), {}))
     raise UserError(f"{key}: {source.name or source.path} {wanted}; {has}")
 
 

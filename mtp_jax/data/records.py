@@ -1,12 +1,13 @@
 """What a record of a dataset holds: from its columns to a text, a prompt with completion, or a conversation."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mtp_jax.data.documents import Completion, Content, Conversation, Text
 from mtp_jax.data.json_lines import parse
 from mtp_jax.errors import BadRecord
+from mtp_jax.text import check_characters
 
 # Who speaks in ShareGPT's form, as chat templates call them.
 _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
@@ -22,7 +23,7 @@ class Columns:
     names: tuple[str, ...]  # the dataset's names, in the order of FORMS
     tools: str | None = None  # of a conversation
     # The dataset's types by column where it is a table: in every struct of a table are the keys of all of them.
-    types: dict[str, Any] | None = field(default=None)
+    types: dict[str, Any] | None = None
 
     @property
     def wanted(self) -> list[str]:
@@ -33,9 +34,10 @@ class Columns:
         """What a record or a line of JSON holds; raises BadRecord with its name where it is none or holds another."""
         try:
             content = self._content(parse(values) if isinstance(values, bytes) else values)
-            _check_characters(content)
         except ValueError as error:
             raise BadRecord(f"{name}: {error}.") from error
+        for part in content[:2]:
+            check_characters(part if isinstance(part, str) else json.dumps(part, ensure_ascii=False), name)
         return content
 
     def _content(self, values: dict[str, Any]) -> Text | Completion | Conversation:
@@ -112,14 +114,3 @@ def _as_written(value: Any, kind: Any, column: str) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise ValueError(f"column {column!r} should hold text, not {type(value).__name__}")
-
-
-def _check_characters(content: Text | Completion | Conversation) -> None:
-    """Raise ValueError for half a surrogate pair, which JSON can write and no text can hold."""
-    parts = [json.dumps(content[:2], ensure_ascii=False)] if isinstance(content, Conversation) else content[:2]
-    try:
-        for part in parts:
-            str(part).encode()
-    except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])
-        raise ValueError(f"holds {half}, half of a surrogate pair, which is no text") from error

@@ -137,11 +137,14 @@ def check_supervision(
             if isinstance(sample[0], Continuation | Record | StreamedRecord):
                 number = "streamed" if isinstance(source, Stream) else f"{len(source):,}"
                 lines.append(f"{where}: {number} {looked.line(encode, length, too_long)}")
+            elif looked.bad:
+                lines.append(f"{where}: {looked.skipped()}")
         except UserError as error:
             faults += [f"{where}: {fault}" for fault in error.faults]
     if held_out and not faults:
         try:
-            _look_at(_sample(held_out), encode)
+            looked = _look_at(_sample(held_out), encode)
+            lines += [f"held-out documents: {looked.skipped()}"] if looked.bad else []
         except UserError as error:
             faults += [f"held-out documents: {fault}" for fault in error.faults]
     if faults:
@@ -185,10 +188,12 @@ class _Looked:
         if longer:
             what = {"split": "split", "cut": "cut", "drop": "dropped"}[too_long]
             line += f"; {longer} of {count} checked are longer than a sequence of {length} and are {what}"
-        if self.bad:
-            first = self.bad[min(self.bad)]
-            line += f"; {len(self.bad)} of {count} checked are bad and are skipped, the first: {first}"
-        return line
+        return f"{line}; {self.skipped()}" if self.bad else line
+
+    def skipped(self) -> str:
+        """How many bad records there are, how many there may be, and the first."""
+        limit, first = self.first.bad_records.limit, self.bad[min(self.bad)]
+        return f"{len(self.bad)} of {self.count} checked are bad and are skipped (up to {limit:,}), the first: {first}"
 
     def _kind(self, encode: Encoder) -> str:
         if isinstance(self.content, Text):
@@ -211,7 +216,7 @@ def _look_at(sample: list[Document], encode: Encoder) -> _Looked:
         try:
             if encode.tokenizer is None or isinstance(document, FileDocument):
                 looked.content = document.content()
-                tokens += len(document.text()) // 4
+                tokens += sum(len(str(part)) for part in looked.content[:2]) // 4  # or so
                 continue
             encoded = encode.encode(document)
             looked.content = looked.content or document.content()

@@ -29,7 +29,7 @@ BAD = {
     "empty": ({"messages": []}, "column 'messages' holds no message"),
     "null content": ({"messages": [{"role": "user", "content": None}]}, "the chat template refuses the conversation ("),
     "two users": ({"messages": turns("a") * 2}, "the chat template refuses the conversation (Roles should alternate)."),
-    "surrogate": ({"messages": turns("\ud83d", "b")}, r"holds '\ud83d', half of a surrogate pair"),
+    "surrogate": ({"messages": turns("\ud83d", "b")}, r"holds '\ud83d' (half a surrogate pair)"),
     "other form": ({"text": "a"}, "column 'messages' should hold a list of messages"),
 }
 
@@ -55,7 +55,7 @@ def test_one_among_many_is_named_at_the_start_and_may_be_skipped(jsonl, tokenize
     assert fault.startswith(f"data.sources.0: rows.jsonl#{place}: {says}")
     assert fault.endswith(" Set data.bad_records: skip to leave such records out. Bad among the 121 checked: 1.")
     training, _, (line,) = opened(source, tokenizer, bad_records="skip")
-    assert f"; 1 of 121 checked are bad and are skipped, the first: rows.jsonl#{place}: {says}" in line
+    assert f"; 1 of 121 checked are bad and are skipped (up to 100), the first: rows.jsonl#{place}: {says}" in line
     batches, names = training_batches(training, [1.0], tokenizer, 2, 64, 0)
     seen = set()
     while len(seen) < 120:
@@ -116,7 +116,10 @@ def test_held_out_records_are_checked_too(jsonl, tokenizer):
     assert bad and bad != {document.name for document in held}
     with pytest.raises(UserError, match=r"^held-out documents: rows\.jsonl#\d+: the chat template refuses"):
         check_supervision([[document for document in training if document.number % 20 != 7]], tokenizer, held_out=held)
-    _, held, _ = opened(source, tokenizer, held_out=0.5, bad_records="skip")
+    _, held, lines = opened(source, tokenizer, held_out=0.5, bad_records="skip")
+    assert lines[-1].startswith(
+        f"held-out documents: {len(bad)} of {len(held)} checked are bad and are skipped (up to 100)"
+    )
     seen = set()
     for batch in held_out_batches(held, tokenizer, 4, 64):
         seen |= set(np.unique(batch["documents"][batch["segments"] > 0]).tolist())
@@ -145,7 +148,8 @@ def test_files_of_text_are_skipped_too(tmp_path, small_tokenizer):
     for i in range(6):
         (tmp_path / f"{i}.txt").write_bytes(b"caf\xe9" if i == 3 else b"the cat sat")
     source = {"kind": "text", "path": str(tmp_path)}
-    training, _, _ = opened(source, small_tokenizer, bad_records="skip", bad_records_limit=1)
+    training, _, (line,) = opened(source, small_tokenizer, bad_records="skip", bad_records_limit=1)
+    assert line.startswith("data.sources.0: 1 of 6 checked are bad and are skipped (up to 1), the first: ")
     batches, names = training_batches(training, [1.0], small_tokenizer, 1, 64, 0)
     batch = next(batches)
     assert {names[number].name for number in np.unique(batch["documents"])} == {f"{i}.txt" for i in range(6)} - {

@@ -160,6 +160,20 @@ def test_parquet_files_of_unlike_types_are_one_dataset(tmp_path, streaming):
     assert [document.name for document in found] == [f"part-*.parquet#{i}" for i in range(3)]
 
 
+@pytest.mark.parametrize("how", ["saved", "parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_nobody_asked_for_are_not_decoded(tmp_path, how, streaming):
+    import datasets
+
+    kinds = datasets.Features({"text": datasets.Value("string"), "picture": datasets.Image()})
+    rows = {"text": ["a", "b"], "picture": [{"bytes": b"no picture", "path": None}] * 2}
+    data = datasets.Dataset.from_dict(rows, features=kinds)
+    path = tmp_path / f"rows.{how}"
+    data.save_to_disk(path) if how == "saved" else data.to_parquet(path)
+    found = source_documents(Source(kind="dataset", path=str(path), streaming=streaming))
+    assert [document.text() for document in found] == ["a", "b"]
+
+
 # ---- CSV
 
 
@@ -248,7 +262,7 @@ def test_other_columns_are_refused_with_a_mapping_that_works(tmp_path, record, s
         ({"messages": [ASK], "tools": "what?"}, "column 'tools' should hold a list of tools"),
         (
             {"messages": [ASK, {"role": "assistant", "content": "\ud83d and"}]},
-            r"holds '\ud83d', half of a surrogate pair",
+            r"holds '\ud83d' (half a surrogate pair)",
         ),
         ([1], "should be an object of columns, not list"),
     ],
@@ -274,7 +288,7 @@ def test_half_a_surrogate_pair_is_named(tmp_path, record):
     good, bad = source_documents(write([whole, record], tmp_path, "jsonl"))
     assert set(good.content()[:2]) == {"\U0001f6a4"}
     with pytest.raises(
-        UserError, match=r"^rows\.jsonl#1: holds '\\ud.*', half of a surrogate pair, .* \(rows\.jsonl, line 2\)\.$"
+        UserError, match=r"^rows\.jsonl#1: holds '\\ud.*' \(half a surrogate pair\), .* \(rows\.jsonl, line 2\)\.$"
     ):
         bad.content()
 
