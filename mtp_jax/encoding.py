@@ -1,17 +1,63 @@
-"""What a tokenizer makes of a text and of a conversation: the same where a model is trained and where it is used."""
+"""Tokenizers, and what they make of texts and conversations: the same where a model is trained and where it is used."""
 
+import codecs
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from mtp_jax.errors import BadRecord
+from mtp_jax.errors import BadRecord, UserError, reason
+from mtp_jax.files import starts_with_mark
+from mtp_jax.locate import SETTINGS
+
+
+def load_tokenizer(folder: Path, vocabulary: int) -> Any:
+    """A folder's tokenizer, checked against the size of a model's vocabulary.
+
+    Added tokens may lie beyond it, as long as no text has them (`check_ids`): `beyond` holds them, by id.
+
+    Raises:
+        UserError: no tokenizer, one that needs code from the folder, or other ids beyond the vocabulary.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"{folder}: holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json).")
+    with tempfile.TemporaryDirectory() as copy:
+        marked = any(starts_with_mark(file) for file in folder.glob("*.json"))
+        try:
+            readable = _without_marks(folder, Path(copy)) if marked else folder
+            tokenizer = AutoTokenizer.from_pretrained(str(readable), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # whatever the tokenizer library raises, the folder's files are at fault
+            raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason(error)}).") from error
+    beyond = {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ >= vocabulary}
+    others = sorted(beyond.items() - {(id_, token) for token, id_ in tokenizer.get_added_vocab().items()})
+    if others:
+        raise UserError(
+            f"{folder}: the tokenizer has id {others[-1][0]} ({others[-1][1]!r}), but the model's vocabulary ends at "
+            f"{vocabulary - 1}; tokenizer and model do not belong together."
+        )
+    tokenizer.beyond = beyond
+    return tokenizer
+
+
+def _without_marks(folder: Path, copy: Path) -> Path:
+    (copy / "additional_chat_templates").mkdir()
+    for pattern in (*SETTINGS, "additional_chat_templates/*.jinja"):
+        for file in folder.glob(pattern):
+            (copy / file.relative_to(folder)).write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+    return copy
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The tokens that the tokenizer adds before a text and after it."""
-    for text in ("a", *tokenizer.get_vocab()):
-        if inner := tokenizer(text, add_special_tokens=False)["input_ids"]:
-            break
-    whole = tokenizer(text)["input_ids"]
-    start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+
+    def inside(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    text = "a" if inside("a") else next(filter(inside, tokenizer.get_vocab()))
+    inner, whole = inside(text), tokenizer(text)["input_ids"]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
     return whole[:start], whole[start + len(inner) :]
 
 
@@ -44,5 +90,24 @@ def render_chat(
 
 def refusal(error: Exception) -> str:
     """What a chat template's error says, in a sentence."""
-    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return f"the chat template refuses the conversation ({reason.rstrip('.')})."
+    return f"the chat template refuses the conversation ({reason(error).rstrip('.')})."
+
+
+def check_characters(text: str, where: str) -> None:
+    """Raise BadRecord for half a character: JSON escapes and bytes of a terminal can give it, and no text holds it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        byte = 0xDC80 <= code < 0xDD00
+        what = f"the byte 0x{code - 0xDC00:02x}, which is no UTF-8" if byte else "half a surrogate pair"
+        raise BadRecord(f"{where}: holds {text[error.start]!a} ({what}), which is no text.") from error
+
+
+def check_ids(ids: Iterable[Any], tokenizer: Any, where: str) -> None:
+    """Raise BadRecord where a tokenizer gave an id that the model has no embedding for."""
+    beyond = getattr(tokenizer, "beyond", {})
+    if beyond and (found := sorted(beyond.keys() & set(ids))):
+        raise BadRecord(
+            f"{where}: holds the token {beyond[found[0]]!r}, whose id {found[0]} is beyond the model's vocabulary."
+        )

@@ -49,6 +49,15 @@ def _full_disk(error: BaseException | None) -> bool:
     return False
 
 
+def reason(error: BaseException) -> str:
+    """What an error says in its first line, and what the error says that it comes from."""
+    own = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    cause = error.__cause__
+    while cause is not None and cause.__cause__ is not None:
+        cause = cause.__cause__
+    return own if cause is None or reason(cause) in own else f"{own.rstrip('.: ')}: {reason(cause)}"
+
+
 def faults_of(error: BaseException) -> tuple[int, tuple[str, ...]] | None:
     """Exit code and faults of an error that the user can mend or has made on purpose; None for one that is ours."""
     if isinstance(error, UserError):

@@ -4,7 +4,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, reason
 from mtp_jax.storage import local
 
 # Files of a model on the hub that are of use: no code, no pickles.
@@ -49,5 +49,6 @@ def find_folder(name: str, revision: str | None = None, patterns: tuple[str, ...
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name}: no such folder here, and the Hugging Face hub did not give it: {reason}") from error
+        raise UserError(
+            f"{name}: no such folder here, and the Hugging Face hub did not give it: {reason(error)}"
+        ) from error

@@ -1,20 +1,13 @@
-"""Tokenizers, and the text of token ids behind a prompt: decode(prompt + new) minus decode(prompt).
+"""The text of token ids behind a prompt: decode(prompt + new) minus decode(prompt).
 
 New tokens decoded alone are another text: tokenizers strip the first space, and characters begin in one token and end
 in another. Where decode(prompt) is no prefix of decode(prompt + new), because the prompt ends in half a character, what
 both have in common is the prompt's text and the rest is new.
 """
 
-import codecs
 import re
-import tempfile
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
-
-from mtp_jax.errors import BadRecord, UserError
-from mtp_jax.files import starts_with_mark
-from mtp_jax.locate import SETTINGS
 
 # A byte as a token. Decoded, a run of them is text if all are UTF-8, and otherwise one replacement character for each.
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -78,65 +71,3 @@ class TextStream:
         border = max(self.given, _shared(self.before, text))
         old, self.given = self.given, max(self.given, len(text))
         return text[old:border], text[border:]
-
-
-# ---- tokenizers
-
-
-def load_tokenizer(folder: Path, vocabulary: int) -> Any:
-    """A folder's tokenizer, checked against the size of a model's vocabulary.
-
-    Added tokens may lie beyond it, as long as no text has them (`check_ids`): `beyond` holds them, by id.
-
-    Raises:
-        UserError: no tokenizer, one that needs code from the folder, or other ids beyond the vocabulary.
-    """
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise UserError(f"{folder}: holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json).")
-    with tempfile.TemporaryDirectory() as copy:
-        marked = any(starts_with_mark(file) for file in folder.glob("*.json"))
-        try:
-            readable = _without_marks(folder, Path(copy)) if marked else folder
-            tokenizer = AutoTokenizer.from_pretrained(str(readable), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # whatever the tokenizer library raises, the folder's files are at fault
-            raise UserError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]}).") from error
-    beyond = {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ >= vocabulary}
-    others = sorted(beyond.items() - {(id_, token) for token, id_ in tokenizer.get_added_vocab().items()})
-    if others:
-        raise UserError(
-            f"{folder}: the tokenizer has id {others[-1][0]} ({others[-1][1]!r}), but the model's vocabulary ends at "
-            f"{vocabulary - 1}; tokenizer and model do not belong together."
-        )
-    tokenizer.beyond = beyond
-    return tokenizer
-
-
-def _without_marks(folder: Path, copy: Path) -> Path:
-    (copy / "additional_chat_templates").mkdir()
-    for pattern in (*SETTINGS, "additional_chat_templates/*.jinja"):
-        for file in folder.glob(pattern):
-            (copy / file.relative_to(folder)).write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
-    return copy
-
-
-def check_characters(text: str, where: str) -> None:
-    """Raise BadRecord for half a character: JSON escapes and bytes of a terminal can give it, and no text holds it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        what = (
-            f"the byte 0x{code - 0xDC00:02x}, which is no UTF-8" if 0xDC80 <= code < 0xDD00 else "half a surrogate pair"
-        )
-        raise BadRecord(f"{where}: holds {text[error.start]!a} ({what}), which is no text.") from error
-
-
-def check_ids(ids: Iterable[Any], tokenizer: Any, where: str) -> None:
-    """Raise BadRecord where a tokenizer gave an id that the model has no embedding for."""
-    beyond = getattr(tokenizer, "beyond", {})
-    if beyond and (found := sorted(beyond.keys() & set(ids))):
-        raise BadRecord(
-            f"{where}: holds the token {beyond[found[0]]!r}, whose id {found[0]} is beyond the model's vocabulary."
-        )

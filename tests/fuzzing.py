@@ -113,6 +113,7 @@ class Ground:
         import jax
         import numpy as np
 
+        from mtp_jax.encoding import load_tokenizer
         from mtp_jax.locate import find_folder
         from mtp_jax.model.base import open_base
         from mtp_jax.model.folder_writer import write_folder
@@ -120,7 +121,6 @@ class Ground:
         from mtp_jax.model.weights import init_params
         from mtp_jax.mtp.adapter import AdapterShape, init_adapter
         from mtp_jax.mtp.adapter_folder import write_adapter
-        from mtp_jax.text import load_tokenizer
 
         self.root = Path(root)
         config = json.loads((find_folder(BUNDLED) / "config.json").read_text())

@@ -11,8 +11,9 @@ from rich.console import Console
 from mtp_jax.data.prompts import read_prompts
 from mtp_jax.decoding.generator import Completion, Generator
 from mtp_jax.decoding.show import PassWriter
+from mtp_jax.encoding import check_characters
 from mtp_jax.errors import BadRecord, UserError
-from mtp_jax.text import TextStream, check_characters
+from mtp_jax.text import TextStream
 
 pytestmark = pytest.mark.quick
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtp_jax.config import Continuations
-from mtp_jax.data.datasets import SourceDocuments, Stream, reason
+from mtp_jax.data.datasets import SourceDocuments, Stream
 from mtp_jax.data.documents import Completion, Content, Document, Documents, Tokens
 from mtp_jax.data.json_lines import DataFile, JsonLines, parse
 from mtp_jax.data.tokens import Encoder
 from mtp_jax.encoding import special_tokens
-from mtp_jax.errors import UserError, warn
+from mtp_jax.errors import UserError, reason, warn
 from mtp_jax.storage import local
 from mtp_jax.text import added_text
 

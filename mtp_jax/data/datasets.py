@@ -16,7 +16,7 @@ from mtp_jax.config import FORMATS, FORMS, TOOLS, Source, chosen_forms
 from mtp_jax.data.documents import BadRecords, Content, Document, Documents, find_files
 from mtp_jax.data.json_lines import DataFile, JsonLines, format_of, parse, read_lines
 from mtp_jax.data.records import Columns
-from mtp_jax.errors import BadRecord, UserError
+from mtp_jax.errors import BadRecord, UserError, reason
 from mtp_jax.storage import local
 
 _SHUFFLED = 1000  # records of a stream that are held to change their order
@@ -312,15 +312,6 @@ def data_files(path: Path, where: str) -> list[Path]:
     if len(kinds := sorted({format_of(file.name) for file in files})) > 1:
         raise UserError(f"{where}: matches files of several formats ({', '.join(kinds)}); make each its own source.")
     return files
-
-
-def reason(error: BaseException) -> str:
-    """What an error says in its first line, and what the error says that it comes from."""
-    own = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    cause = error.__cause__
-    while cause is not None and cause.__cause__ is not None:
-        cause = cause.__cause__
-    return own if cause is None or reason(cause) in own else f"{own.rstrip('.: ')}: {reason(cause)}"
 
 
 def _columns(

@@ -18,12 +18,13 @@ from mtp_jax.data.documents import Document
 from mtp_jax.data.sources import texts_of
 from mtp_jax.data.tokenizer import train_tokenizer
 from mtp_jax.data.tokens import Encoder
+from mtp_jax.encoding import load_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.locate import SETTINGS, find_folder
 from mtp_jax.model.folder import read_geometry
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.storage import local
-from mtp_jax.text import added_text, load_tokenizer
+from mtp_jax.text import added_text
 
 _SAMPLE = 500  # documents of a source that are counted, spread evenly over it
 _BATCHES = 16  # batches that are counted

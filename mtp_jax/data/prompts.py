@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mtp_jax.encoding import check_characters
 from mtp_jax.errors import UserError
-from mtp_jax.text import check_characters
 
 
 def read_prompts(file: str) -> list[Any]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from mtp_jax.data.documents import Completion, Content, Conversation, Text
 from mtp_jax.data.json_lines import parse
+from mtp_jax.encoding import check_characters
 from mtp_jax.errors import BadRecord
-from mtp_jax.text import check_characters
 
 # Who speaks in ShareGPT's form, as chat templates call them.
 _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}

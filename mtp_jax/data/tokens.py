@@ -11,9 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from mtp_jax.data.documents import Completion, Conversation, Document, Text, Tokens
-from mtp_jax.encoding import refusal, render_chat, special_tokens
+from mtp_jax.encoding import check_ids, refusal, render_chat, special_tokens
 from mtp_jax.errors import BadRecord, UserError
-from mtp_jax.text import check_ids
 
 # Templates report what they mark through state that all threads share.
 _RENDERING = threading.Lock()

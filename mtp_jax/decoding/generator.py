@@ -18,10 +18,10 @@ from mtp_jax.decoding.loop import DecodeState, Decoding, Limits
 from mtp_jax.decoding.options import Options, Sampling
 from mtp_jax.decoding.processors import NO_SETTINGS, Settings
 from mtp_jax.decoding.sampling import SamplingKind, Tempering
-from mtp_jax.encoding import encode_prompt, render_chat
+from mtp_jax.encoding import check_characters, check_ids, encode_prompt, render_chat
 from mtp_jax.errors import UserError
 from mtp_jax.mtp.estimate import mean_tokens
-from mtp_jax.text import added_text, check_characters, check_ids
+from mtp_jax.text import added_text
 
 _SMALLEST_BUCKET = 32
 _STEPS_BETWEEN_LOOKS = 4

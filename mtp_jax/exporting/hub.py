@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, reason
 
 
 def check_hub(repo: str) -> None:
@@ -37,8 +37,9 @@ def upload(folder: Path, repo: str) -> str:
         url = api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload from mtp_jax")
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--push-to-hub {repo}: {folder} is written, but the hub refused it: {reason}") from error
+        raise UserError(
+            f"--push-to-hub {repo}: {folder} is written, but the hub refused it: {reason(error)}"
+        ) from error
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "httpx2"):
             raise

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, reason
 
 # Share of peak arithmetic, memory bandwidth and link bandwidth that expected times assume. A choice, not a measurement.
 EFFICIENCY = 0.4
@@ -74,10 +74,9 @@ def topology_devices(name: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         least = "2x2" if chip.axes == 2 else "2x2x1"
         raise UserError(
-            f"--topology {name}: the TPU compiler does not have it ({reason}); the smallest is {least}."
+            f"--topology {name}: the TPU compiler does not have it ({reason(error)[:200]}); the smallest is {least}."
         ) from error
     finally:
         os.dup2(saved, 2)

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
+from mtp_jax.encoding import load_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.files import read_json
 from mtp_jax.locate import find_folder
@@ -25,7 +26,6 @@ from mtp_jax.model.folder import (
 )
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, Weight, weight_table
-from mtp_jax.text import load_tokenizer
 
 _SAMPLE_BYTES = 64 << 10
 

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 
 from mtp_jax.config import Checkpoints as CheckpointConfig
 from mtp_jax.data.batches import merge_states
-from mtp_jax.errors import FULL_DISK, UserError, warn
+from mtp_jax.errors import FULL_DISK, UserError, reason, warn
 from mtp_jax.runs import processes
 from mtp_jax.runs.folder import RunFolder
 from mtp_jax.runs.manifest import MANIFEST, digests, fault_of, read_manifest, write_manifest
@@ -145,9 +145,8 @@ class Checkpoints:
             with ocp.StandardCheckpointer() as reader:
                 restored = reader.restore(path / "state", like._asdict())
         except Exception as error:  # a checkpoint that does not fit shows as any error of the reader
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"{self._name(step)}: the checkpoint is undamaged but cannot be restored ({reason}); "
+                f"{self._name(step)}: the checkpoint is undamaged but cannot be restored ({reason(error)}); "
                 "delete this folder to resume from the checkpoint before it."
             ) from error
         state = jax.block_until_ready(type(like)(**restored))

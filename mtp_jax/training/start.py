@@ -12,6 +12,7 @@ from mtp_jax.config import Config, TokenizerRecipe
 from mtp_jax.data.datasets import SourceDocuments
 from mtp_jax.data.sources import texts_of
 from mtp_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from mtp_jax.encoding import load_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.model.base import Base, open_base
 from mtp_jax.model.geometry import Geometry
@@ -20,7 +21,6 @@ from mtp_jax.mtp.adapter_folder import Adapter, open_adapter
 from mtp_jax.runs import processes
 from mtp_jax.runs.folder import RunFolder
 from mtp_jax.storage import local
-from mtp_jax.text import load_tokenizer
 from mtp_jax.training.objectives import adapter_shape
 from mtp_jax.training.program import check_length
 

@@ -18,12 +18,12 @@ from tokenizers import AddedToken
 from mtp_jax.data.documents import Completion, Document, Text, Tokens
 from mtp_jax.data.tokens import Encoder
 from mtp_jax.decoding.generator import Generator
+from mtp_jax.encoding import check_ids, load_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.locate import find_folder
 from mtp_jax.model.base import open_base
 from mtp_jax.model.folder import INDEX, SINGLE, read_geometry
 from mtp_jax.model.weights import leaf_at, weight_table
-from mtp_jax.text import check_ids, load_tokenizer
 
 EMBED, UNEMBED = "model.embed_tokens.weight", "lm_head.weight"
 Q = "model.layers.1.self_attn.q_proj.weight"
