@@ -109,7 +109,8 @@ def same_text(stories, generator, prompts, new):
         theirs, gaps = reference(ids, new, generator.stops)
         found += ties(done.token_ids, theirs, gaps, str(ids))
         if not found:
-            assert generator.text(done) == generator.tokenizer.decode(theirs, skip_special_tokens=True)
+            whole, prompt = (generator.tokenizer.decode(i, skip_special_tokens=True) for i in (ids + theirs, ids))
+            assert prompt + generator.text(done) == whole
     print("\n".join(found) or "no ties")
 
 
@@ -162,6 +163,7 @@ def test_each_row_ends_at_its_first_stop_id(small, free, monkeypatch, picks):
     generator, prompts = small
     stops = tuple(free[row][0][at] for row, at in picks)
     monkeypatch.setattr(generator, "stops", stops)
+    monkeypatch.setattr(generator, "compiled", {})  # programs for other numbers of stop ids
     done = generator.complete(prompts, 24, 3)
     texts = [cut(tokens, stops) for tokens, _ in free]
     assert [d.token_ids for d in done] == texts
