@@ -109,7 +109,8 @@ def same_text(stories, generator, prompts, new):
         theirs, gaps = reference(ids, new, generator.stops)
         found += ties(done.token_ids, theirs, gaps, str(ids))
         if not found:
-            assert generator.text(done) == generator.tokenizer.decode(theirs, skip_special_tokens=True)
+            whole, prompt = (generator.tokenizer.decode(i, skip_special_tokens=True) for i in (ids + theirs, ids))
+            assert prompt + generator.text(done) == whole
     print("\n".join(found) or "no ties")
 
 
@@ -145,12 +146,6 @@ def free(small, small_folder):
     return [reference(prompt, 24, context=64) for prompt in small[1]]
 
 
-def stopping(small_folder, *stops):
-    generator = mtp_jax.load(str(small_folder), dtype="float32")
-    generator.stops = stops
-    return generator
-
-
 def cut(tokens, stops):
     """Tokens up to the first stop id, that one included."""
     return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in stops), tokens)
@@ -164,9 +159,12 @@ def test_ragged_batch_equals_transformers(small, free):
 
 
 @pytest.mark.parametrize("picks", [[(0, 0)], [(1, 4)], [(0, 9), (2, 5)], [(0, 3), (1, 0), (2, 20)]])
-def test_each_row_ends_at_its_first_stop_id(small, free, small_folder, picks):
+def test_each_row_ends_at_its_first_stop_id(small, free, monkeypatch, picks):
+    generator, prompts = small
     stops = tuple(free[row][0][at] for row, at in picks)
-    done = stopping(small_folder, *stops).complete(small[1], 24, 3)
+    monkeypatch.setattr(generator, "stops", stops)
+    monkeypatch.setattr(generator, "compiled", {})  # programs for other numbers of stop ids
+    done = generator.complete(prompts, 24, 3)
     texts = [cut(tokens, stops) for tokens, _ in free]
     assert [d.token_ids for d in done] == texts
     assert [d.steps for d in done] == [len(text) - 1 for text in texts]

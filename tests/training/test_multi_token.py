@@ -161,7 +161,7 @@ class Lesson:
         opened = open_base(str(base))
         self.g, self.tokenizer = opened.g, opened.tokenizer
         self.frozen = {"params": opened.load()}
-        self.measure = {}
+        self.steps, self.measure = {}, {}
 
     def batches(self):
         return training_batches(self.training, [1.0], self.tokenizer, 8, 32, 0, Anchors(12, 0))[0]
@@ -178,14 +178,13 @@ class Lesson:
         table = self.frozen["params"]["embed"]["embedding"]
         adapter = init_adapter(self.g, loss.shape, table, jax.random.key(0))
 
-        @jax.jit
         def step(adapter, state, batch):
             share = lambda a: loss.loss(a, self.frozen, batch, loss.totals(batch), jnp.int32(0))  # noqa: E731
             gradient, _ = jax.grad(share, has_aux=True)(adapter)
             updates, state = tx.update(gradient, state)
             return jax.tree.map(jnp.add, adapter, updates), state
 
-        state = tx.init(adapter)
+        state, step = tx.init(adapter), self.steps.setdefault((terms, sampler), jax.jit(step))
         for _, batch in zip(range(steps), self.batches(), strict=False):
             batch.pop("documents")
             if shift:
