@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE.jsonl")
     parser.add_argument("--count", type=int, default=50, help="prompts, spread evenly over the files (50)")
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--plans", default="none,linear:1,linear:4,quadratic:1,quadratic:4")
+    parser.add_argument("--plans", nargs="+", default=["none", "linear:1", "linear:4", "quadratic:1", "quadratic:4"])
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     a = parser.parse_args()
 
@@ -51,12 +51,12 @@ def main() -> None:
     settings = {**SETTINGS, "min_new_tokens": a.new_tokens, "suppress_tokens": counts.topk(3).indices.tolist()}
     cases = {name: {name: value} for name, value in settings.items()} | {"all of them": settings}
 
-    table, results = Table("setting", "outputs it changes", *a.plans.split(",")), []
+    table, results = Table("setting", "outputs it changes", *a.plans), []
     for name, setting in cases.items():
         wanted = [_transformers(model, ids, a.new_tokens, generator.stops, setting) for ids in prompts]
         generator.settings = read_settings(setting, generator.g.V, name)
         cells = []
-        for plan in a.plans.split(","):
+        for plan in a.plans:
             done = generator.using(plan=parse_plan(plan)).complete(prompts, a.new_tokens, 1)
             ties = [_gap(ours.token_ids, *theirs) for ours, theirs in zip(done, wanted, strict=True)]
             differing = [gap for gap in ties if gap is not None]

@@ -112,7 +112,7 @@ def validate(tree: dict[str, Any], where: str) -> Config:
     except ValidationError as error:
         for fault in error.errors():
             # Where a text or a section may stand, each is tried: report the one that was meant.
-            if fault["loc"][-1] == ("str" if isinstance(fault["input"], dict) else "TokenizerRecipe"):
+            if fault["loc"][-1:] == ("str" if isinstance(fault["input"], dict) else "TokenizerRecipe",):
                 continue
             loc = tuple(part for part in fault["loc"] if part not in _UNION_TAGS)
             text, meant = _explain({**fault, "loc": loc})

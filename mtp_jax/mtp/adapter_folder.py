@@ -1,6 +1,8 @@
 """Adapter folders: safetensors beside `mtp_config.json`, tied to a base model by a fingerprint."""
 
 import hashlib
+import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -128,18 +131,14 @@ def read_shape(folder: Path) -> AdapterShape:
     if config.get("format") != FORMAT:
         raise UserError(f"{where}: format {config.get('format')!r} is not {FORMAT}, the one this version reads.")
     try:
-        shape = AdapterShape(
-            masks=int(config["masks"]),
-            rank=int(config["rank"]),
-            alpha=float(config["alpha"]),
-            targets=tuple(config["targets"]),
-            sampler=config["sampler"],
-            gated=bool(config["gated"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: not a complete adapter config ({error!r}).") from error
+        shape = TypeAdapter(AdapterShape).validate_json(json.dumps(config), strict=True)
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise UserError(*(f"{where}: not a complete adapter config ({fault})." for fault in faults)) from error
     if shape.masks < 1 or shape.rank < 1 or set(shape.targets) - set(PROJECTIONS):
         raise UserError(f"{where}: masks and rank must be at least 1, and targets among {', '.join(PROJECTIONS)}.")
+    if not math.isfinite(shape.alpha):
+        raise UserError(f"{where}: alpha {shape.alpha} should be a number.")
     if shape.sampler not in SAMPLERS:
         raise UserError(f"{where}: sampler {shape.sampler!r} is unknown; it should be one of {', '.join(SAMPLERS)}.")
     return shape
@@ -155,8 +154,8 @@ def open_adapter(name: str, base: Base) -> Adapter:
     """
     folder = find_adapter(name)
     shape, config = read_shape(folder), read_json(folder / CONFIG)
-    trained_for = config.get("base") or {}
-    known = {trained_for.get("fingerprint"), trained_for.get("values")}
+    trained_for = config["base"] if isinstance(config.get("base"), dict) else {}
+    known = trained_for.get("fingerprint"), trained_for.get("values")
     if base.fingerprint not in known and base.values not in known:
         raise UserError(
             f"{folder}: this adapter was trained for {trained_for.get('name', 'another base')} (fingerprint "
