@@ -28,6 +28,7 @@ def load_tokenizer(folder: Path, vocabulary: int) -> Any:
         try:
             readable = _without_marks(folder, Path(copy)) if marked else folder
             tokenizer = AutoTokenizer.from_pretrained(str(readable), local_files_only=True, trust_remote_code=False)
+            tokenizer.decode(tokenizer("a")["input_ids"])  # settings of the wrong kind show only now
         except Exception as error:  # whatever the tokenizer library raises, the folder's files are at fault
             raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason(error)}).") from error
     beyond = {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ >= vocabulary}
