@@ -22,6 +22,7 @@ import numpy as np
 
 from mtp_jax.config import FORMATS
 from mtp_jax.data.documents import encoding_of
+from mtp_jax.files import cache_folder, scratch_folder
 
 _COMPRESSED = (".gz", ".zst")
 _CHUNK = 16 << 20  # bytes of a file that are searched at a time
@@ -171,16 +172,15 @@ def _as_lines(file: DataFile) -> Path:
     path = Path(file.path)
     with _decompressed(file) as stream:
         encoding, first = _begin(stream), next(filter(bytes.strip, stream), b"")
-    lines = format_of(file.name) == "json" and not file.name.endswith(_COMPRESSED)
+    lines = format_of(file.name) != "csv" and not file.name.endswith(_COMPRESSED)
     if lines and encoding == "utf-8" and not first.lstrip().startswith(b"["):
         return path
     from datasets import config
 
     known = json.dumps([str(path.resolve()), file.name, path.stat().st_size, path.stat().st_mtime_ns])
-    folder = Path(config.HF_DATASETS_CACHE) / "mtp_jax"
+    folder = cache_folder(f"{config.HF_DATASETS_CACHE}/mtp_jax") or scratch_folder()
     copy = folder / f"{hashlib.sha256(known.encode()).hexdigest()[:20]}.jsonl"
     if not copy.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         descriptor, part = tempfile.mkstemp(dir=folder)
         try:
             with open(descriptor, "wb") as out:  # noqa: PTH123

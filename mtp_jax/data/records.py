@@ -43,9 +43,9 @@ class Columns:
     def _content(self, values: dict[str, Any]) -> Text | Completion | Conversation:
         given = [self._read(values, column) for column in self.names]
         if self.form in ("conversation", "sharegpt"):
-            return Conversation(_messages(given[0], self.names[0]), self._tools(values))
+            return Conversation(messages_of(given[0], self.names[0]), self._tools(values))
         if self.form == "completion" and any(isinstance(value, list) for value in given):
-            prompt, completion = map(_messages, given, self.names)
+            prompt, completion = map(messages_of, given, self.names)
             return Conversation(prompt + completion, self._tools(values), len(prompt))
         for column, value in zip(self.names, given, strict=True):
             if not isinstance(value, str):
@@ -57,11 +57,7 @@ class Columns:
         return value if self.types is None else _as_written(value, self.types.get(column), column)
 
     def _tools(self, values: dict[str, Any]) -> list[dict[str, Any]] | None:
-        tools = None if self.tools is None else _parsed(self._read(values, self.tools))
-        tools = [_parsed(tool) for tool in tools] if isinstance(tools, list) else tools or None
-        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-            raise ValueError(f"column {self.tools!r} should hold a list of tools, each a JSON schema")
-        return tools
+        return None if self.tools is None else tools_of(self._read(values, self.tools), self.tools)
 
 
 def _parsed(value: Any) -> Any:
@@ -72,7 +68,17 @@ def _parsed(value: Any) -> Any:
         return value
 
 
-def _messages(value: Any, column: str) -> list[dict[str, Any]]:
+def tools_of(value: Any, column: str) -> list[dict[str, Any]] | None:
+    """The tools in a record's column, as a list or a text of JSON; raises ValueError where it holds something else."""
+    tools = _parsed(value)
+    tools = [_parsed(tool) for tool in tools] if isinstance(tools, list) else tools or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"column {column!r} should hold a list of tools, each a JSON schema")
+    return tools
+
+
+def messages_of(value: Any, column: str) -> list[dict[str, Any]]:
+    """The messages in a record's column, each with a role; raises ValueError where it holds something else."""
     value = _parsed(value)
     right = "a list of messages, each with a role and a content (or from and value)"
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):

@@ -107,8 +107,12 @@ class Generator:
         other._check_plan()
         return other
 
-    def encode(self, prompt: str | list[dict[str, str]], name: str = "prompt") -> list[int]:
-        """Token ids of a text, or of a chat's messages up to where the assistant answers.
+    def encode(self, prompt: str | list[Any] | dict[str, Any], name: str = "prompt") -> list[int]:
+        """Token ids of a text, or of a chat up to where the assistant answers.
+
+        Args:
+            prompt: a text, messages, or a mapping of `messages` and `tools`.
+            name: of the prompt, for messages about it.
 
         Raises:
             UserError: an empty prompt, messages for a tokenizer without chat template, or that the template refuses, or
@@ -123,7 +127,8 @@ class Generator:
             if self.tokenizer.chat_template is None:
                 raise UserError(f"{name}: holds chat messages, but this model's tokenizer has no chat template.")
             try:
-                text = render_chat(self.tokenizer, prompt, prompt=True)
+                chat = prompt if isinstance(prompt, dict) else {"messages": prompt}
+                text = render_chat(self.tokenizer, **chat, prompt=True)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
             check_characters(text, name)

@@ -103,7 +103,7 @@ def test_broken_lines_are_named_by_number(command, file, small_folder):
         command("generate", "--model", small_folder, "--prompts", path),
         [f"{path}, line 3"],
         [f"{path}, line 4", "'prompt'"],
-        [f"{path}, line 5", "'messages'"],
+        [f"{path}, line 5", "without content"],
         [f"{path}, line 6"],
     )
 
@@ -112,7 +112,9 @@ def test_prompts_file_that_cannot_be_read_is_refused(command, file, small_folder
     refused(command("generate", "--model", small_folder, "--prompts", tmp_path / "none"), ["none", "No such file"])
     refused(command("generate", "--model", small_folder, "--prompts", file("")), ["holds no prompts"])
     (tmp_path / "latin").write_bytes(b'{"prompt": "\xe9"}')
-    refused(command("generate", "--model", small_folder, "--prompts", tmp_path / "latin"), ["latin", "cannot be read"])
+    refused(
+        command("generate", "--model", small_folder, "--prompts", tmp_path / "latin"), ["latin, line 1", "not UTF-8"]
+    )
 
 
 def test_prompts_that_do_not_fit_are_refused(command, file, small_folder):
