@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+KEPT = "kept"  # the name of what the backward pass of a chunk is to keep, in place of computing it again
+
 
 def cut(tree: Any, chunk: int) -> Any:
     """A tree of arrays [B, T, ...] as [chunks, B, chunk, ...], filled up with zeros."""
@@ -48,7 +50,8 @@ def total(f: Callable[[Any], tuple[Any, Any]], chunks: Any) -> tuple[Any, Any]:
 def over_chunks(f: Callable[[Any], tuple[Any, Any]], tree: Any, chunk: int) -> tuple[Any, Any]:
     """Apply `f` to chunks: the sum of its first result, and its second joined.
 
-    Where there are several chunks, `f` is computed again in the backward pass, a chunk at a time.
+    Where there are several chunks, `f` is computed again in the backward pass, a chunk at a time, but for what has the
+    name KEPT (`jax.ad_checkpoint.checkpoint_name`).
 
     Args:
         f: from arrays [B, chunk, ...] to a tree of sums and a tree of arrays [B, chunk, ...]; zeros must add nothing.
@@ -56,7 +59,8 @@ def over_chunks(f: Callable[[Any], tuple[Any, Any]], tree: Any, chunk: int) -> t
     """
     T = jax.tree.leaves(tree)[0].shape[1]
     chunk = min(chunk, T)
-    sums, values = total(jax.checkpoint(f) if chunk < T else f, cut(tree, chunk))
+    again = jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+    sums, values = total(again if chunk < T else f, cut(tree, chunk))
     return sums, join(values, T)
 
 

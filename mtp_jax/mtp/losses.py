@@ -16,7 +16,7 @@ from mtp_jax.mtp.accumulation import accumulated
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table, with_adapter
 from mtp_jax.mtp.blocks import Targets, blocks_of, targets_of
 from mtp_jax.mtp.sampler import corrected_latent
-from mtp_jax.mtp.vocabulary import cross_entropy, divergence, rows_at_a_time
+from mtp_jax.mtp.vocabulary import cross_entropy, divergence, over_vocabulary, rows_at_a_time
 from mtp_jax.sharding import place
 
 Sums = dict[str, Array]
@@ -129,24 +129,28 @@ class MultiTokenLoss:
             base = head(real, table) if t.target in ("base_soft", "total_variation") else None
             row_weights = self._counted(of) * self._static_weights()
 
-            def term(scores: Array) -> tuple[Array, Array]:
+            def judged(scores: Array, rest: Any) -> tuple[Array, tuple[Array, Array]]:
+                of, chosen, base, step = rest
                 loss, acceptance = self._row_loss(scores, of, chosen, base, step)
+                # The draft is the base model's choice where nothing scores higher: cheaper than an argmax on CPU.
+                right = jnp.take_along_axis(scores, chosen[..., None], axis=-1)[..., 0] >= jnp.max(scores, axis=-1)
+                return loss, (acceptance, right)
+
+            def term(latents: Array) -> tuple[Array, Array]:
+                loss, (acceptance, right) = over_vocabulary(judged, latents, table, (of, chosen, base, step))
                 weights = row_weights
                 if t.offset_weights == "expected_length":
                     # How likely the chain reaches this offset: what it adds to the expected accepted length.
                     reached = jnp.cumprod(jax.lax.stop_gradient(acceptance) * of.exists, axis=-1)
                     weights = row_weights * jnp.roll(reached, 1, axis=-1).at[..., 0].set(1.0)
-                # The draft is the base model's choice where nothing scores higher: cheaper than an argmax on CPU.
-                right = jnp.take_along_axis(scores, chosen[..., None], axis=-1)[..., 0] >= jnp.max(scores, axis=-1)
                 agree = jnp.sum(right & of.exists, axis=(0, 1)).astype(jnp.float32)
                 return jnp.sum(loss * weights), agree
 
             sums: Sums = {}
-            sums["base"], sums["agree_base"] = term(head(latents, table))
+            sums["base"], sums["agree_base"] = term(latents)
             if sampler is not None:
-                sums["sampler"], sums["agree_sampler"] = term(
-                    head(self._corrected(sampler, frozen, of.previous, latents), table)
-                )
+                corrected = self._corrected(sampler, frozen, of.previous, latents)
+                sums["sampler"], sums["agree_sampler"] = term(corrected)
             if t.lcm_weight:
                 gap = (real - latents).astype(jnp.float32)
                 sums["lcm"] = jnp.sum(jnp.mean(gap * gap, axis=-1) * of.share)

@@ -1,9 +1,15 @@
 """Losses over the vocabulary; callers take a chunk of rows at a time, so that memory never holds rows x vocabulary."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from mtp_jax.model.chunks import KEPT
+from mtp_jax.model.decoder import head
 from mtp_jax.sharding import parts_of
 
 
@@ -38,3 +44,30 @@ def divergence(kind: str, target: Float[Array, "... V"], logits: Float[Array, ".
     if kind == "base_soft":
         return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
     return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1)
+
+
+def over_vocabulary(
+    f: Callable[[Float[Array, "... V"], Any], tuple[Float[Array, "..."], Any]],
+    latents: Float[Array, "... D"],
+    table: Float[Array, "V D"],
+    rest: Any,
+) -> tuple[Float[Array, "..."], Any]:
+    """`f` of the logits of each row: a loss, and a tree without gradient; the loss has a gradient in `latents` alone.
+
+    A row's loss depends on its own logits only, so its gradient, D numbers, is found while they are there. Reverse mode
+    would compute the logits, the largest products of a step, once more.
+    """
+
+    @jax.custom_vjp
+    def run(latents: Array, table: Array, rest: Any) -> Any:
+        return f(head(latents, table), rest)
+
+    def forward(latents: Array, table: Array, rest: Any) -> Any:
+        loss, pull, others = jax.vjp(lambda z: f(head(z, table), rest), latents, has_aux=True)
+        return (loss, others), checkpoint_name(pull(jnp.ones_like(loss))[0], KEPT)
+
+    def backward(slope: Array, cotangents: Any) -> tuple[Array, None, None]:
+        return (slope * cotangents[0][..., None]).astype(slope.dtype), None, None
+
+    run.defvjp(forward, backward)
+    return run(latents, table, rest)
