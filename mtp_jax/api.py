@@ -1,11 +1,12 @@
-"""`load`: from the name of a model to a generator."""
+"""`load`: from the name of a model to a generator; `with_draft_model`: and from a second one to its drafts."""
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mtp_jax import sharding
-from mtp_jax.decoding.forward import Forward
+from mtp_jax.decoding.drafters import DraftModel
+from mtp_jax.decoding.forward import Forward, Variables
 from mtp_jax.decoding.generator import Generator
 from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import BlockPlan, plain
@@ -63,22 +64,60 @@ def generator(
     generation_config: bool = True,
 ) -> Generator:
     """A generator from what is open already; `forward` is by default the fastest here, the rest as in `load`."""
-    from mtp_jax.cpu import fastest_forward  # the only place that knows of more than one
-
     tokenizer = base.tokenizer  # refused before weights are read
     settings = read_settings(base.generation, base.g.V, str(base.folder)) if generation_config else NO_SETTINGS
     if settings.ignored:
         warn(
             f"{base.folder}: {', '.join(settings.ignored)} of its generation config changes the output and is ignored."
         )
+    forward, variables = _weights(base, dtype, adapter, mesh, forward)
+    return Generator(forward, variables, tokenizer, base.stops, options, mesh, identity, settings)
+
+
+def with_draft_model(generator: Generator, draft: Base, drafts: int) -> Generator:
+    """A generator of the same weights that verifies `drafts` tokens of a smaller model in each step.
+
+    Raises:
+        UserError: less than one draft, or a model whose tokenizer has other tokens or ids.
+    """
+    if drafts < 1:
+        raise UserError(f"{draft.name}: should draft at least 1 token in each step, not {drafts}.")
+    ours, theirs = (
+        {id_: token for token, id_ in of.get_vocab().items()} for of in (generator.tokenizer, draft.tokenizer)
+    )
+    others = sorted(id_ for id_ in ours.keys() | theirs.keys() if ours.get(id_) != theirs.get(id_))
+    if others:
+        first, second = (repr(of[others[0]]) if others[0] in of else "none" for of in (theirs, ours))
+        raise UserError(
+            f"{draft.name}: cannot draft for {generator.tokenizer.name_or_path}, whose tokenizer has other tokens: "
+            f"id {others[0]} is {first} here and {second} there; give a model of the same tokenizer."
+        )
+    forward, variables = _weights(draft, generator.dtype, None, generator.mesh, None)
+    options = generator.options.using(drafter=DraftModel(drafts, forward))
+    together = {**generator.variables, "draft": variables}
+    of_base = generator.tokenizer, generator.stops
+    return Generator(
+        generator.forward, together, *of_base, options, generator.mesh, generator.identity, generator.settings
+    )
+
+
+def _weights(
+    base: Base,
+    dtype: DTypeLike,
+    adapter: tuple[AdapterShape, Params] | None,
+    mesh: jax.sharding.Mesh | None,
+    forward: Forward | None,
+) -> tuple[Forward, Variables]:
+    """The forward pass, by default the fastest here, and weights as it reads them."""
+    from mtp_jax.cpu import fastest_forward  # the only place that knows of more than one
+
     shape, arrays = adapter or (None, None)
     if forward is None:
         forward = fastest_forward(Decoder(base.g, dtype, scanned=False), shape, whole=mesh is None)
     if arrays is not None and mesh is not None:  # small beside the base
         arrays = jax.device_put(arrays, sharding.replicated(mesh))
     params = base.load(dtype, None if mesh is None else lambda weight: sharding.weight_sharding(mesh, weight))
-    variables = forward.prepare(unstack_layers(params), arrays)
-    return Generator(forward, variables, tokenizer, base.stops, options, mesh, identity, settings)
+    return forward, forward.prepare(unstack_layers(params), arrays)
 
 
 def default_dtype() -> str:

@@ -19,7 +19,8 @@ from mtp_jax.mtp.sampler import parted
 
 # Groups of projections that read one input: side by side they are fewer and larger products (`Layer.step`).
 GROUPS = {"attention_in": ("q", "k", "v"), "attention_out": ("o",), "mlp_in": ("gate", "up"), "mlp_out": ("down",)}
-# What `prepare` gives: arrays of the implementation's own, and with an adapter `mtp`: its masks and sampler.
+# What `prepare` gives: arrays of the implementation's own, and with an adapter `mtp`: its masks and sampler. The loop's
+# variables may also hold `draft`: what `prepare` gave for a draft model.
 Variables = dict[str, Any]
 
 

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -101,9 +101,9 @@ class Generator:
             raise UserError(f"plan {plan}: takes {plan.block} mask{'s' * (plan.block > 1)}, but {what}.")
 
     def using(self, **changes: Any) -> "Generator":
-        """A generator with other options (`Options`), which shares weights and compiled programs with this one."""
+        """A generator with other options (`Options.using`) that shares weights and compiled programs with this one."""
         other = copy.copy(self)
-        other.options = replace(self.options, **changes)
+        other.options = self.options.using(**changes)
         other._check_plan()
         return other
 

@@ -40,6 +40,7 @@ class DecodeState(NamedTuple):
     proposal: Proposal | None  # what they were drawn from, when sampling
     keys: Key[Array, " B"]  # one for each sequence, whatever batch it is in
     cache: Cache  # slot s holds position s; slots from length - 1 on are overwritten before they are seen
+    drafter: Any = None  # a drafter's own state, such as a draft model's cache
 
 
 class Limits(NamedTuple):
@@ -163,7 +164,10 @@ class Decoding:
             token = draw(p, self._keys(state, 0))
         keys = self._keys(state, 1)
         state = _emit(state, empty, zeros, token, limits)
-        if d:
+        if self.options.drafter is not None:
+            own = self.options.drafter.prefill(variables, prompts, prompt_length, slots, PREFILL_CHUNK)
+            state = self._unmasked(variables, state._replace(drafter=own), scores[:, None], zeros, limits)
+        elif d:
             drafts, proposal = self._drafts(variables, state, block, None, token, keys, limits, how)
             state = state._replace(drafts=drafts, valid=jnp.full(B, d), proposal=proposal)
         return state
@@ -203,7 +207,9 @@ class Decoding:
         keys = self._keys(state, 1)
         emitted = state._replace(cache=cache, steps=state.steps + ~state.done)
         emitted = _emit(emitted, state.drafts, accepted, token, limits)
-        if plan.mask_rows:
+        if self.options.drafter is not None:
+            emitted = self._unmasked(variables, emitted, scores, accepted, limits)
+        elif plan.mask_rows:
             if plan.floating:
                 block, block_scores = latents, all_scores
                 valid = jnp.where(accepted == state.valid, plan.floating, 0)
@@ -247,6 +253,29 @@ class Decoding:
 
         changed = None if self.processors is None else process
         return choose_drafts(self.forward, variables, block, scores, first, self.options.shortlist, sampling, changed)
+
+    def _unmasked(
+        self,
+        variables: Variables,
+        state: DecodeState,
+        scores: Float[Array, "B R V"],
+        accepted: Int[Array, " B"],
+        limits: Limits,
+    ) -> DecodeState:
+        """The state with the drafter's drafts behind what was emitted."""
+        drafter = self.options.drafter
+        assert drafter is not None
+
+        def process(scores: Float[Array, "B V"], tokens: Int[Array, "B S"], length: Int[Array, " B"]) -> Array:
+            behind = state._replace(tokens=tokens, length=length)
+            return self._processed(scores[:, None], behind, tokens[:, :0], limits)[:, 0]
+
+        changed = None if self.processors is None else process
+        drafts, valid, own = drafter.draft(
+            variables, state.drafter, state.tokens, state.length, scores, accepted, changed
+        )
+        certain = None if self.sampling is None else Proposal(drafts[..., None], jnp.ones((*drafts.shape, 1)))
+        return state._replace(drafts=drafts, valid=valid, proposal=certain, drafter=own)
 
     def _keys(self, state: DecodeState, purpose: int) -> Key[Array, " B"]:
         """Fresh keys for this step of each sequence: its length grows with every step."""

@@ -1,8 +1,10 @@
 """What may be chosen about decoding: the options a generator holds, and how tokens are sampled."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from mtp_jax.decoding.plan import BlockPlan, plain
+from mtp_jax.decoding.drafters import Drafter
+from mtp_jax.decoding.plan import BlockPlan, plain, unmasked
 from mtp_jax.decoding.sampling import SamplingKind
 from mtp_jax.errors import UserError
 
@@ -14,6 +16,18 @@ class Options:
     plan: BlockPlan = field(default_factory=plain)
     shortlist: int | None = 256  # candidates of each mask row that the sampler head scores; None for all tokens
     one_head: bool = False  # base head over all rows in one product, instead of real rows and then one block
+    drafter: Drafter | None = None  # finds drafts in place of the masks; the plan is then `unmasked`
+
+    def __post_init__(self) -> None:
+        if self.drafter is not None and self.plan != unmasked(self.drafter.drafts):
+            raise ValueError(f"a drafter of {self.drafter.drafts} drafts takes a plan of as many and without masks")
+
+    def using(self, **changes: Any) -> "Options":
+        """Other options: a drafter brings its plan, and a plan takes the place of a drafter."""
+        drafter = changes.get("drafter", None if "plan" in changes else self.drafter)
+        kept = plain() if self.drafter is not None else self.plan
+        plan = changes.get("plan", kept if drafter is None else unmasked(drafter.drafts))
+        return replace(self, **{**changes, "drafter": drafter, "plan": plan})
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ def quadratic(M: int) -> BlockPlan:
     return BlockPlan((M,) * (M + 1))
 
 
+def unmasked(d: int) -> BlockPlan:
+    """d drafts that no mask gives, but a drafter (`decoding/drafters.py`)."""
+    return BlockPlan((0,) * (d + 1))
+
+
 def parse_plan(text: str) -> BlockPlan:
     """A plan from its name; `auto` is none, it chooses one (`decoding/auto.py`).
 

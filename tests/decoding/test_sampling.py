@@ -15,9 +15,10 @@ from scipy.stats import chi2
 
 from mtp_jax.cpu import fastest_forward
 from mtp_jax.decoding import drafting, loop, sampling
+from mtp_jax.decoding.drafters import parse_drafter
 from mtp_jax.decoding.generator import Generator
 from mtp_jax.decoding.options import Options, Sampling
-from mtp_jax.decoding.plan import parse_plan, quadratic
+from mtp_jax.decoding.plan import parse_plan, plain, quadratic
 from mtp_jax.decoding.processors import Processors, Settings
 from mtp_jax.errors import UserError
 from mtp_jax.model.decoder import Decoder
@@ -160,6 +161,19 @@ def test_draws_have_the_models_own_distribution(make, exact, plan, sampled_draft
     counts, steps = draws(make(plan), how)
     assert improbability(counts, exact(how)) > NEVER
     assert 2 <= steps < NEW - 1  # some drafts are accepted, not all
+
+
+@pytest.mark.parametrize("name", ["lookup:2", "jacobi:2", "draft:2"])
+def test_draws_with_drafts_from_elsewhere(parts, make, exact, name):
+    g, params, *_ = parts
+    generator, draw = make(plain()), np.random.default_rng(6)
+    near = jax.tree.map(lambda x: x + 0.1 * draw.standard_normal(x.shape).astype(np.float32), params)
+    model = fastest_forward(Decoder(g, scanned=False), None)
+    generator.variables = {**generator.variables, "draft": model.prepare(unstack_layers(near), None)}
+    how = WAYS["top-p"]
+    counts, steps = draws(generator.using(drafter=parse_drafter(name, model)), how, FEW)
+    assert improbability(counts, exact(how)) > NEVER
+    assert 2 <= steps < NEW - 1.02  # some drafts are accepted, not all
 
 
 def test_draws_with_a_repetition_penalty(make, exact, monkeypatch):

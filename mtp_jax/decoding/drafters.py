@@ -1,0 +1,220 @@
+"""Drafts without masks, to compare masks with: from the text so far, the base's own guesses, or a second model.
+
+A drafter takes the place of the masks, and the loop verifies its drafts as it verifies theirs. No draft is drawn: where
+tokens are sampled, the distribution that it came from is one point.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mtp_jax.decoding.forward import Forward, Variables
+from mtp_jax.decoding.sampling import likeliest
+from mtp_jax.errors import UserError
+from mtp_jax.model.attention import empty_cache
+from mtp_jax.model.decoder import Cache
+
+_LONGEST = 3  # tokens that prompt lookup searches for
+# Changes logits [B, V] that stand behind the first `length` [B] of `tokens` [B, S], as those of real rows are changed.
+Process = Callable[[Array, Array, Array], Array]
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Finds the drafts of a step from what is known after the step before. Hashable, so that it can be static."""
+
+    @property
+    def drafts(self) -> int:
+        """How many a step verifies, d."""
+
+    def prefill(
+        self, variables: Variables, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], slots: int, chunk: int
+    ) -> Any:
+        """A state of its own for right-padded prompts of these lengths, read `chunk` rows at a time; None for none.
+
+        Args:
+            slots: places for tokens; more than d beyond the longest text.
+        """
+
+    def draft(
+        self,
+        variables: Variables,
+        state: Any,
+        tokens: Int[Array, "B S"],
+        length: Int[Array, " B"],
+        scores: Float[Array, "B R V"],
+        accepted: Int[Array, " B"],
+        process: Process | None,
+    ) -> tuple[Int[Array, "B d"], Int[Array, " B"], Any]:
+        """Drafts behind the newest token, how many of them are valid, and the state.
+
+        Args:
+            tokens: prompt and emitted tokens, `length` of them; what is beyond has no meaning.
+            scores: the base's logits at the rows of this step; row `accepted` gave the newest token.
+        """
+
+
+@dataclass(frozen=True)
+class PromptLookup:
+    """Copies what followed an earlier occurrence of the last three tokens, of the last two, or of the last one.
+
+    Of several occurrences it takes the latest that d tokens follow, or else the one that most tokens follow.
+    """
+
+    drafts: int
+
+    def __str__(self) -> str:
+        return f"lookup:{self.drafts}"
+
+    def prefill(
+        self, variables: Variables, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], slots: int, chunk: int
+    ) -> None:
+        """It has no state."""
+
+    def draft(
+        self,
+        variables: Variables,
+        state: None,
+        tokens: Int[Array, "B S"],
+        length: Int[Array, " B"],
+        scores: Float[Array, "B R V"],
+        accepted: Int[Array, " B"],
+        process: Process | None,
+    ) -> tuple[Int[Array, "B d"], Int[Array, " B"], None]:
+        """What follows the occurrence; fewer than d are valid near the end of the text, none without an occurrence."""
+        S, d = tokens.shape[1], self.drafts
+        slots = jnp.arange(S)
+        same, matched = jnp.ones_like(tokens, bool), jnp.zeros_like(tokens)
+        for n in range(1, _LONGEST + 1):  # matched: how many of the last tokens also stand right before each slot
+            last = jnp.take_along_axis(tokens, jnp.maximum(length - n, 0)[:, None], axis=1)
+            same &= (jnp.roll(tokens, n, axis=1) == last) & (slots >= n)
+            matched += same
+        follow = jnp.clip(length[:, None] - slots, 0, d)
+        rank = jnp.where((matched > 0) & (follow > 0), matched * (d + 1) + follow, 0)
+        start = S - 1 - jnp.argmax(rank[:, ::-1], axis=1, keepdims=True)  # the latest of the best
+        found = jnp.take_along_axis(rank, start, axis=1) > 0
+        valid = jnp.where(found, jnp.take_along_axis(follow, start, axis=1), 0)[:, 0]
+        return jnp.take_along_axis(tokens, jnp.minimum(start + jnp.arange(d), S - 1), axis=1), valid, None
+
+
+@dataclass(frozen=True)
+class Jacobi:
+    """Jacobi decoding: the base's own choices behind wrong drafts are the next drafts.
+
+    The last choice is repeated where there are fewer than d, as after prefill, where it is the only one.
+    """
+
+    drafts: int
+
+    def __str__(self) -> str:
+        return f"jacobi:{self.drafts}"
+
+    def prefill(
+        self, variables: Variables, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], slots: int, chunk: int
+    ) -> None:
+        """It has no state."""
+
+    def draft(
+        self,
+        variables: Variables,
+        state: None,
+        tokens: Int[Array, "B S"],
+        length: Int[Array, " B"],
+        scores: Float[Array, "B R V"],
+        accepted: Int[Array, " B"],
+        process: Process | None,
+    ) -> tuple[Int[Array, "B d"], Int[Array, " B"], None]:
+        """The likeliest tokens at the rows behind `accepted`, also where tokens are sampled; all are valid."""
+        choices = likeliest(scores)
+        rows = jnp.minimum(accepted[:, None] + 1 + jnp.arange(self.drafts), choices.shape[1] - 1)
+        return jnp.take_along_axis(choices, rows, axis=1), jnp.full_like(length, self.drafts), None
+
+
+@dataclass(frozen=True)
+class DraftModel:
+    """A smaller model of the same tokenizer continues the text greedily; its weights are `variables["draft"]`."""
+
+    drafts: int
+    forward: Forward
+
+    def __str__(self) -> str:
+        return f"draft:{self.drafts}"
+
+    def prefill(
+        self, variables: Variables, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], slots: int, chunk: int
+    ) -> Cache:
+        """The model's cache with the prompts."""
+        model = self.forward.model
+        cache: Any = empty_cache(model.g, len(prompts), slots, model.dtype, stacked=model.scanned)
+        for start in range(0, prompts.shape[1], chunk):
+            rows, at = self._known(prompts[:, start : start + chunk]), jnp.full(len(prompts), start)
+            _, _, cache = self.forward.rows(variables["draft"], rows, at, cache, None, start == 0, lengths)
+        return cache
+
+    def draft(
+        self,
+        variables: Variables,
+        state: Cache,
+        tokens: Int[Array, "B S"],
+        length: Int[Array, " B"],
+        scores: Float[Array, "B R V"],
+        accepted: Int[Array, " B"],
+        process: Process | None,
+    ) -> tuple[Int[Array, "B d"], Int[Array, " B"], Cache]:
+        """d tokens, one after another; all are valid.
+
+        All but the two newest tokens are in the cache: the last draft never went through the model, and the base's own
+        token stands behind it. What the cache holds of rejected drafts is overwritten before it is seen.
+        """
+        weights, V = variables["draft"], scores.shape[-1]
+
+        def extended(tokens: Array, cache: Any, end: Array, rows: int) -> tuple[Array, Any]:
+            """The text with the token behind the first `end`, the last `rows` of which are not in the cache yet."""
+            start = end - rows
+            newest = jnp.take_along_axis(tokens, start[:, None] + jnp.arange(rows), axis=1)
+            latents, _, cache = self.forward.rows(weights, self._known(newest), start, cache)
+            logits = self.forward.logits(weights, latents[:, -1])[:, :V]  # the base may know fewer tokens
+            if process is not None:
+                logits = process(logits, tokens, end)
+            return tokens.at[jnp.arange(len(tokens)), end].set(likeliest(logits)), cache
+
+        end = jnp.maximum(length, 2)  # it is less in rows that only fill a batch
+        text, cache = extended(tokens, state, end, 2)
+
+        def another(j: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            return extended(*carry, end + j, 1)
+
+        text, cache = jax.lax.fori_loop(1, self.drafts, another, (text, cache))
+        drafts = jnp.take_along_axis(text, end[:, None] + jnp.arange(self.drafts), axis=1)
+        return drafts, jnp.full_like(length, self.drafts), cache
+
+    def _known(self, tokens: Int[Array, "B R"]) -> Int[Array, "B R"]:
+        """Tokens that have an embedding: the base may know more, with which no text was trained."""
+        return jnp.minimum(tokens, self.forward.model.g.V - 1)
+
+
+def parse_drafter(text: str, model: Forward | None = None) -> Drafter:
+    """A drafter from its name: lookup:d, jacobi:d or draft:d, with d drafts in each step.
+
+    Args:
+        model: the draft model's forward, which draft:d takes (`mtp_jax.api.with_draft_model`).
+
+    Raises:
+        UserError: an unknown name, no drafts, or no draft model.
+    """
+    kind, _, count = text.partition(":")
+    if kind not in ("lookup", "jacobi", "draft") or not (count.isascii() and count.isdigit()):
+        raise UserError(
+            f"{text}: unknown way to draft; give lookup:d, jacobi:d or draft:d, with d drafts in each step."
+        )
+    if (d := int(count)) < 1:
+        raise UserError(f"{text}: should have at least 1 draft.")
+    if kind == "draft":
+        if model is None:
+            raise UserError(f"{text}: there is no draft model; give one.")
+        return DraftModel(d, model)
+    return PromptLookup(d) if kind == "lookup" else Jacobi(d)
