@@ -70,6 +70,19 @@ def write_json(path: Path, value: dict[str, Any], sort_keys: bool = True) -> Non
     path.write_text(json.dumps(value, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is never seen half written: under a temporary name beside it, which then takes its place."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def whole_or_absent(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` to write into, which takes its name, and its place, when all is on disk."""

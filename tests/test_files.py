@@ -1,11 +1,12 @@
 """Homes that are missing or cannot be written: caches are optional; JSON is read as people's editors save it."""
 
 import json
+import os
 
 import pytest
 
 from mtp_jax.errors import UserError
-from mtp_jax.files import cache_folder, expanded, read_json
+from mtp_jax.files import cache_folder, expanded, read_json, write_whole
 
 pytestmark = pytest.mark.quick
 
@@ -45,3 +46,19 @@ def test_what_is_no_json_object_is_refused(tmp_path, data, says):
 def test_a_byte_order_mark_is_no_part_of_it(tmp_path):
     (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": 1}).encode())
     assert read_json(tmp_path / "x.json") == {"a": 1}
+
+
+def test_a_file_stays_as_it_was_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    file = tmp_path / "x.md"
+    write_whole(file, b"old")
+
+    def full(_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_whole(file, b"new")
+    assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
+    monkeypatch.undo()
+    write_whole(file, b"new")
+    assert file.read_bytes() == b"new" and list(tmp_path.iterdir()) == [file]
