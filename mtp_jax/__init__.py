@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtp_jax.api import load as load
+    from mtp_jax.decoding.drafters import parse_drafter as parse_drafter
     from mtp_jax.decoding.generator import Completion as Completion
     from mtp_jax.decoding.generator import Generator as Generator
     from mtp_jax.decoding.options import Options as Options
@@ -29,6 +30,7 @@ except PackageNotFoundError:  # used from a checkout that was never installed
 # The public API, imported when it is first asked for: commands answer --help without waiting for JAX.
 _HOMES = {
     "load": "api",
+    "parse_drafter": "decoding.drafters",
     "Completion": "decoding.generator",
     "Generator": "decoding.generator",
     "Options": "decoding.options",

@@ -7,9 +7,11 @@ import jax
 
 import mtp_jax
 from mtp_jax import sharding
+from mtp_jax.api import with_draft_model
 from mtp_jax.config import Mesh
 from mtp_jax.decoding.options import Sampling
 from mtp_jax.decoding.plan import parse_plan
+from mtp_jax.model.base import open_base
 
 
 def main():
@@ -26,6 +28,10 @@ def main():
             found[f"{name} {plan}"] = [(d.token_ids, d.steps) for d in done]
         done = generator.complete(prompts, 12, len(prompts), Sampling(seed=5))
         found[f"{name} sampled"] = [(d.token_ids, d.steps) for d in done]
+        if name == "many":  # the model drafts for itself
+            drafted = with_draft_model(generator, open_base(model), 2)
+            drafted.stops = ()
+            found["many draft:2"] = [(d.token_ids, d.steps) for d in drafted.complete(prompts, 12, len(prompts))]
         weights = [
             leaf
             for path, leaf in jax.tree.leaves_with_path(generator.variables)

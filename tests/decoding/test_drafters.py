@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 import mtp_jax
 from mtp_jax.api import with_draft_model
+from mtp_jax.decoding import loop
 from mtp_jax.decoding.drafters import Jacobi, PromptLookup, parse_drafter
 from mtp_jax.decoding.loop import Decoding, Limits
 from mtp_jax.decoding.options import Options
@@ -232,8 +233,9 @@ def test_jacobi_takes_the_steps_of_a_literal_loop(base, folders, prompts, texts,
 
 
 @pytest.mark.parametrize("draft", ["fewer", "more"])
-def test_a_draft_model_continues_the_text(folders, prompts, draft):
+def test_a_draft_model_continues_the_text(folders, prompts, draft, monkeypatch):
     """In every step as it would without a cache, with no draft that the base has no id for."""
+    monkeypatch.setattr(loop, "PREFILL_CHUNK", 8)
     generator, choices, seen = by(drafted(folders, draft), "draft:3"), choices_of(folders[draft]), set()
     for state in states(generator, prompts, 12):
         for row, length, drafts in zip(state.tokens, state.length, state.drafts, strict=True):

@@ -47,3 +47,4 @@ def test_fsdp_and_tensor_axes_change_no_token(small_folder, tmp_path):
     assert found["one sharded"] == 0 and found["many sharded"] > 0.5
     tokens = [tokens for tokens, _ in found["one none"]]
     assert [tokens for tokens, _ in found["many quadratic:2"]] == tokens
+    assert found["many draft:2"] == [[text, 4] for text in tokens]  # 3 tokens a step, the first one by prefill
