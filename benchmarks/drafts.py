@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -26,36 +25,15 @@ from mtp_jax.decoding.generator import Completion, tokens_per_step
 from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import linear, plain, quadratic
 from mtp_jax.errors import run_command
-from mtp_jax.model.base import Base, open_base
+from mtp_jax.evaluating.measure import estimated
+from mtp_jax.model.base import open_base
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import init_params, unstack_layers
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
-from mtp_jax.mtp.adapter_folder import Adapter, open_adapter
-from mtp_jax.mtp.estimate import Continuations, Estimator
-from mtp_jax.mtp.estimate import tokens_per_step as estimate_of
+from mtp_jax.mtp.adapter_folder import open_adapter
 
 _BATCH = 8
-
-
-def estimated(base: Base, adapter: Adapter, texts: list[tuple[list[int], list[int]]]) -> Any:
-    """Accepted prefixes of prompts with their continuations, in batches, and these continuations."""
-    frozen = {"params": base.load(jnp.dtype("float32"))}
-    run = jax.jit(Estimator(Decoder(base.g), adapter.shape).accepted)
-    found = []
-    width = -(-max(len(a + b) for a, b in texts) // 128) * 128
-    for at in range(0, len(texts), _BATCH):
-        part = (texts[at : at + _BATCH] * _BATCH)[:_BATCH]
-        rows = np.asarray([a + b + [0] * (width - len(a + b)) for a, b in part])
-        of = Continuations(rows, np.asarray([len(a) for a, _ in part]), np.asarray([len(a + b) for a, b in part]))
-        count = len(texts[at : at + _BATCH])
-        with jax.default_matmul_precision("highest"):
-            accepted = np.asarray(run(adapter.arrays, frozen, of))
-        found.append((accepted[:count], Continuations(*(np.asarray(x)[:count] for x in of))))
-    return (
-        np.concatenate([accepted for accepted, _ in found]),
-        Continuations(*(np.concatenate(parts) for parts in zip(*(of for _, of in found), strict=True))),
-    )
 
 
 def compare(a: argparse.Namespace) -> None:
@@ -72,12 +50,12 @@ def compare(a: argparse.Namespace) -> None:
             return generator.using(plan=plan, shortlist=shortlist).complete(prompts, a.new_tokens, _BATCH)
 
         texts = [c.token_ids for c in run(plain(), None)]
-        accepted, of = estimated(base, adapter, list(zip(prompts, texts, strict=True)))
+        estimates = estimated(base, adapter, prompts, texts)
         for plan in plans:
             short, whole = run(plan, 256), run(plan, None)
             ours, most = tokens_per_step(short), tokens_per_step(whole)
             same = sum(c.token_ids == d.token_ids == p for c, d, p in zip(short, whole, texts, strict=True))
-            estimate = "" if plan.floating else f"{estimate_of(accepted, of, plan.drafts):.3f}"
+            estimate = "" if plan.floating else f"{estimates[plan.drafts]:.3f}"
             row = (f"{ours:.3f} ({ours / most - 1:+.1%})", f"{most:.3f}", estimate)
             table.add_row(Path(file).stem, str(plan), *row, f"{same} of {len(texts)}")
     console = Console(width=110)

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -29,8 +28,8 @@ from mtp_jax.decoding.generator import Completion, Generator, tokens_per_step
 from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import parse_plan
 from mtp_jax.errors import run_command
+from mtp_jax.evaluating.ties import TIE, Gaps, departure
 from mtp_jax.model.base import Base, open_base
-from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import PROJECTIONS
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
 from mtp_jax.mtp.adapter_folder import open_adapter
@@ -38,7 +37,6 @@ from mtp_jax.mtp.adapter_folder import open_adapter
 _PLANS = ["none", "linear:1", "linear:4", "linear:8", "quadratic:1", "quadratic:2", "quadratic:4"]
 _PLANS += ["blocks:3,2,1,1", "blocks:2,0,1"]
 _CATEGORIES = ("translation", "qa", "math_reasoning", "summarization")
-_TIE = 1e-4
 _ROOM = 160
 
 
@@ -78,27 +76,6 @@ def encoded(generator: Generator, files: list[str], spec_bench: str | None) -> l
     return out
 
 
-class Gaps:
-    """The gap between the two best logits of plain decoding behind a text."""
-
-    def __init__(self, base: Base):
-        self.g, self.model = base.g, Decoder(base.g, jnp.dtype("float32"))
-        self.params = {"params": base.load(jnp.dtype("float32"))}
-        self.logits = jax.jit(self._logits)
-
-    def _logits(self, tokens: jax.Array, at: jax.Array) -> jax.Array:
-        positions = jnp.arange(tokens.shape[1])[None]
-        latents, _ = self.model.apply(self.params, tokens, positions)
-        return self.model.apply(self.params, latents[:, at], method="logits")
-
-    def __call__(self, ids: list[int]) -> float:
-        row = np.zeros((1, self.g.max_positions), np.int32)
-        row[0, : len(ids)] = ids
-        with jax.default_matmul_precision("highest"):
-            best = np.sort(np.asarray(self.logits(row, len(ids) - 1))[0])
-        return float(best[-1] - best[-2])
-
-
 def main() -> None:
     """Parse, decode, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,10 +113,10 @@ def main() -> None:
         left = [i for i, c in enumerate(done) if c.token_ids != reference[i]]
         wrong = 0
         for i in left:
-            first = next(n for n, (x, y) in enumerate(zip(done[i].token_ids, reference[i], strict=False)) if x != y)
+            first = departure(done[i].token_ids, reference[i])
             size_of_gap = gap(prompts[i] + reference[i][:first])
             ties.append(f"{plan}, batch {size}, prompt {i}, new token {first}: gap {size_of_gap:.1e}")
-            wrong += a.dtype == "float32" and size_of_gap >= _TIE
+            wrong += a.dtype == "float32" and size_of_gap >= TIE
         faults += wrong
         counts = (f"{len(done) - len(left)} of {len(done)}", str(len(left) - wrong), str(wrong))
         table.add_row(plan, str(size), *counts, f"{tokens_per_step(done):.2f}")
