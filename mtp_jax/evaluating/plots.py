@@ -163,8 +163,8 @@ PLOTS = (
     Plot(
         "acceptance",
         "Acceptance by depth",
-        "How often the first j drafts of a step are all accepted. Above: the plan with the most masks, by suite. "
-        "Below: the longest drafts of each way to draft.",
+        "How often the first j drafts of a step are all accepted: with the plan that has the most masks, and with the "
+        "longest drafts of each way to draft.",
         acceptance,
     ),
 )

@@ -116,16 +116,14 @@ def sentence(results: Results) -> str:
 
 def main_figures(results: Results) -> list[MainFigure]:
     """Tokens per step, speed-up, identical outputs, and the fastest way to draft without an adapter."""
-    suites, batch = _count(len(results["suites"]), "suite"), f"batch {main_batch_size(results)}"
-    found = []
+    batch, found = f"batch {main_batch_size(results)}", []
     if best := _best(mean_tokens_per_step(results), _MASKS_DRAFT):
-        found.append(MainFigure("tokens per step", f"{best[1]:.2f}", f"{best[0]}, mean of {suites}"))
+        found.append(MainFigure("tokens per step", f"{best[1]:.2f}", f"{best[0]}, {_over(results, 'mean')}"))
     speeds = mean_speedup(results)
-    if best := _best(speeds, _MASKS_DRAFT):
-        found.append(MainFigure("speed-up", f"{best[1]:.2f}x", f"{best[0]}, {batch}, geometric mean of {suites}"))
-    if best := _best(speeds, _WITHOUT_ADAPTER):
-        note = f"{best[0]}, {batch}, geometric mean of {suites}"
-        found.append(MainFigure("speed-up without an adapter", f"{best[1]:.2f}x", note))
+    for label, kinds in (("speed-up", _MASKS_DRAFT), ("speed-up without an adapter", _WITHOUT_ADAPTER)):
+        if best := _best(speeds, kinds):
+            note = f"{best[0]}, {batch}, {_over(results, 'geometric mean')}"
+            found.append(MainFigure(label, f"{best[1]:.2f}x", note))
     checked = [row["identical"] for row in results["rows"] if row["identical"] and _drafts_here(row["decoder"])]
     if checked:
         every = Identical(
@@ -142,6 +140,11 @@ def main_figures(results: Results) -> list[MainFigure]:
 def _best(figures: dict[str, float], kinds: tuple[str, ...]) -> tuple[str, float] | None:
     of = {decoder: figure for decoder, figure in figures.items() if kind_of(decoder) in kinds}
     return max(of.items(), key=lambda item: item[1]) if of else None
+
+
+def _over(results: Results, mean: str) -> str:
+    suites = results["suites"]
+    return suites[0]["title"] if len(suites) == 1 else f"{mean} of {len(suites)} suites"
 
 
 def _drafts_here(decoder: str) -> bool:

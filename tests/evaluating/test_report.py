@@ -416,6 +416,12 @@ def test_figures_that_were_not_taken_are_left_out(tmp_path):
     assert [figure.label for figure in main_figures(tree)] == ["tokens per step"]
 
 
+def test_figures_of_one_suite_are_no_means():
+    tree = made_up.results(suites=("gsm8k",))
+    assert {figure.note for figure in main_figures(tree)[:2]} == {"quadratic:8, GSM8K", "linear:4, batch 1, GSM8K"}
+    assert "on GSM8K." in sentence(tree) and "mean" not in sentence(tree)
+
+
 def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tree, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # for speed
     (tmp_path / "file").write_text("")
