@@ -1,6 +1,7 @@
 """Prompts for an adapter of SmolLM2-135M-Instruct, by domain, and what to evaluate it on.
 
     python benchmarks/smollm2_data.py --data FOLDER --out runs/smollm2-data
+    python benchmarks/smollm2.py --out runs/SmolLM2-135M-Instruct
     python -m mtp_jax.regenerate --config configs/smollm2_135m.yaml
     python -m mtp_jax.train --config configs/smollm2_135m.yaml
 

@@ -17,6 +17,19 @@ def bundled_models() -> list[str]:
     return sorted(path.parent.name for path in _bundled().glob("*/config.json"))
 
 
+def bundled_adapter(name: str) -> Path:
+    """The folder of the adapter `bundled:NAME`, whose model may be bundled beside it or not.
+
+    Raises:
+        UserError: no adapter of that name.
+    """
+    folder = _bundled() / name.removeprefix("bundled:") / "adapter"
+    if not folder.is_dir():
+        there = sorted(path.parent.name for path in _bundled().glob("*/adapter"))
+        raise UserError(f"there is no bundled adapter {name!r}; there is {', '.join(there) or 'none'}.")
+    return folder
+
+
 def _bundled() -> Path:
     return Path(str(resources.files("mtp_jax"))) / "bundled"
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from mtp_jax.errors import UserError
 from mtp_jax.files import read_json, whole_or_absent, write_json
-from mtp_jax.locate import find_folder
+from mtp_jax.locate import bundled_adapter, find_folder
 from mtp_jax.model.base import Base
 from mtp_jax.model.folder_writer import on_host
 from mtp_jax.model.geometry import Geometry
@@ -102,13 +102,13 @@ def write_adapter_files(
 
 
 def find_adapter(name: str) -> Path:
-    """The folder of an adapter: `bundled:NAME` for the one beside a bundled model, a local folder, or a hub name.
+    """The folder of an adapter: `bundled:NAME` for one that comes with the package, a local folder, or a hub name.
 
     Raises:
         UserError: nothing of that name, or a folder without an adapter.
     """
     if name.startswith("bundled:"):
-        folder = find_folder(name) / "adapter"
+        folder = bundled_adapter(name)
     elif (found := local(name)).exists():
         folder = found
     else:
