@@ -150,7 +150,9 @@ class Step:
         self.trained = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(noise, x.shape), self.trained)
 
         def gradient(trained: Any, frozen: Any, batch: Any) -> Any:
-            return jax.value_and_grad(loss.loss, has_aux=True)(trained, frozen, batch, loss.totals(batch), jnp.int32(0))
+            step = jnp.int32(0)
+            totals = loss.totals(batch, step)
+            return jax.value_and_grad(loss.loss, has_aux=True)(trained, frozen, batch, totals, step)
 
         self.compiled = jax.jit(gradient).lower(self.trained, self.frozen, self.batch).compile()
         self.temporaries = self.compiled.memory_analysis().temp_size_in_bytes

@@ -106,6 +106,7 @@ class Mtp(_Section):
     offset_weights: Literal["flat", "decay", "expected_length"] = "flat"
     decay: float = Field(default=0.8, gt=0, le=1)  # with offset_weights: decay
     kl_warmup_steps: int = Field(default=0, ge=0)  # with target: total_variation
+    grow_steps: int = Field(default=0, ge=0)  # over which the loss comes to cover all masks of a block
 
 
 class Train(_Section):
@@ -219,6 +220,12 @@ def _steps_after_warmup(c: Any) -> Iterator[str]:
         yield f"train.warmup_steps={warmup} leaves none of train.steps={steps} after the warm-up."
 
 
+def _steps_after_growth(c: Any) -> Iterator[str]:
+    grow, steps = 0 if c.mtp is None else c.mtp.grow_steps, c.train.steps
+    if grow >= steps and grow > 0:
+        yield f"mtp.grow_steps={grow} leaves none of train.steps={steps} in which the loss covers all masks."
+
+
 def _something_held_out(c: Any) -> Iterator[str]:
     if c.evaluation.every is not None and c.data.held_out == 0:
         yield "evaluation.every asks for held-out evaluation, but data.held_out is 0."
@@ -231,7 +238,15 @@ def _mesh_sizes(c: Any) -> Iterator[str]:
 
 
 # Each yields what is wrong with a whole config; `source_faults` does so for one of its sources.
-RULES = (_one_model, _objective_fits, _parts_divide, _steps_after_warmup, _something_held_out, _mesh_sizes)
+RULES = (
+    _one_model,
+    _objective_fits,
+    _parts_divide,
+    _steps_after_warmup,
+    _steps_after_growth,
+    _something_held_out,
+    _mesh_sizes,
+)
 
 
 def source_faults(source: Any, key: str) -> list[str]:

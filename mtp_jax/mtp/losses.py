@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mtp_jax.model.attention import Blocks, LayerCache, RealRows
 from mtp_jax.model.chunks import cut, over_chunks, sum_over_chunks
@@ -18,6 +18,8 @@ from mtp_jax.mtp.blocks import Targets, blocks_of, targets_of
 from mtp_jax.mtp.sampler import corrected_latent
 from mtp_jax.mtp.vocabulary import cross_entropy, divergence, over_vocabulary, rows_at_a_time
 from mtp_jax.sharding import place
+
+_LONG_BLOCK = 4  # masks of a block that grows from 2, a shorter one from 1
 
 Sums = dict[str, Array]
 
@@ -34,6 +36,7 @@ class LossTerms:
     offset_weights: str = "flat"  # "flat", "decay", "expected_length"
     decay: float = 0.8  # weight of offset j is decay^(j-1)
     kl_warmup_steps: int = 0  # of total variation, which is unstable from scratch
+    grow_steps: int = 0  # over which the loss comes to cover all masks of a block
 
 
 class Context(NamedTuple):
@@ -60,15 +63,18 @@ class MultiTokenLoss:
     def loss(
         self, trained: Params, frozen: Params, part: Any, totals: Sums, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], Sums]:
-        """This part's share of the total loss, and of every term and agreement."""
+        """This part's share of the total loss, and of every term and agreement, and the mask rows it counts."""
         if self.anchor_chunk is None or self.anchor_chunk >= part["anchors"].shape[1]:
-            return self.values(self.sums(trained, frozen, part, step), totals)
-        return self._in_chunks(trained, frozen, part, totals, step)
+            loss, values = self.values(self.sums(trained, frozen, part, step), totals)
+        else:
+            loss, values = self._in_chunks(trained, frozen, part, totals, step)
+        counted = self._counted(self._targets(part, step)[1], step)
+        return loss, values | {"mask_rows": jnp.sum(counted, dtype=jnp.int32)}
 
     def sums(self, trained: Params, frozen: Params, batch: Any, step: Int[Array, ""]) -> Sums:
         """Every term summed over the rows it runs over."""
         context, sums = self.real(trained, frozen, batch)
-        blocks, targets = self._targets(batch)
+        blocks, targets = self._targets(batch, step)
         return sums | self.masks(trained, frozen, context, blocks, targets, step)
 
     def real(self, trained: Params, frozen: Params, batch: Any) -> tuple[Context, Sums]:
@@ -127,7 +133,7 @@ class MultiTokenLoss:
             real = jnp.take_along_axis(context.latents, flat[..., None], axis=1).reshape(latents.shape)
             chosen = jnp.take_along_axis(choice, flat, axis=1).reshape(of.row.shape)
             base = head(real, table) if t.target in ("base_soft", "total_variation") else None
-            row_weights = self._counted(of) * self._static_weights()
+            row_weights = self._counted(of, step) * self._static_weights()
 
             def judged(scores: Array, rest: Any) -> tuple[Array, tuple[Array, Array]]:
                 of, chosen, base, step = rest
@@ -189,10 +195,18 @@ class MultiTokenLoss:
             total = total + t.lcm_weight * values["lcm_loss"]
         return total, {"loss": total, **values}
 
-    def totals(self, batch: Any) -> Sums:
+    def covered(self, step: Int[Array, ""]) -> Bool[Array, " M"]:
+        """Which masks of a block the loss covers at a step, the first being 0 (docs/how-it-works.md, section 6.3)."""
+        M, N = self.shape.masks, self.terms.grow_steps
+        if N == 0:
+            return jnp.ones(M, bool)
+        first = 2 if M >= _LONG_BLOCK else 1
+        return jnp.arange(M) < first + jnp.minimum(step, N) * (M - first) // N
+
+    def totals(self, batch: Any, step: Int[Array, ""]) -> Sums:
         """What sums over a whole batch are divided by."""
-        targets = self._targets(batch)[1]
-        counted = self._counted(targets)
+        targets = self._targets(batch, step)[1]
+        counted = self._counted(targets, step)
         labelled_real = jnp.sum(batch["supervised"])
         totals = {
             "mask_rows": jnp.sum(counted * self._static_weights()),
@@ -209,7 +223,7 @@ class MultiTokenLoss:
         """The loss and every figure, from chunks of blocks: losses are sums over rows, so it is the same loss."""
         assert self.anchor_chunk is not None
         context, real_sums = self.real(trained, frozen, batch)
-        chunks = cut(self._targets(batch), self.anchor_chunk)
+        chunks = cut(self._targets(batch, step), self.anchor_chunk)
 
         def share(trained: Params, rest: Any, chunk: Any) -> tuple[Float[Array, ""], Sums]:
             frozen, context, totals, step, nothing = rest
@@ -248,13 +262,13 @@ class MultiTokenLoss:
             loss = jnp.where(step < self.terms.kl_warmup_steps, divergence("base_soft", base, scores), loss)
         return loss, accepted
 
-    def _targets(self, batch: Any) -> tuple[Any, Targets]:
+    def _targets(self, batch: Any, step: Array) -> tuple[Blocks, Targets]:
         blocks = blocks_of(batch["anchors"], batch["positions"], batch["segments"])
         fields = (batch["tokens"], batch["labels"], batch["supervised"], batch["segments"])
-        return blocks, targets_of(blocks, self.shape.masks, *fields)
+        return blocks, targets_of(blocks, self.shape.masks, *fields, self.covered(step))
 
-    def _counted(self, of: Targets) -> Array:
-        return of.labelled if self.terms.target == "data" else of.exists
+    def _counted(self, of: Targets, step: Array) -> Bool[Array, "B G M"]:
+        return (of.labelled if self.terms.target == "data" else of.exists) & self.covered(step)
 
     def _static_weights(self) -> Float[Array, " M"]:
         decay = self.terms.decay if self.terms.offset_weights == "decay" else 1.0

@@ -68,14 +68,15 @@ class AdapterEvaluation:
             frozen: the base's weights, as collection `params`.
             wanted: how many prompts to estimate tokens per step on, and how long they and their continuations are.
             documents: what prompts are taken from; where there are none, tokens per step are not estimated.
-            step: the training step whose losses are computed.
+            step: the training step whose losses are computed; at the last one they cover all masks.
         """
         self.frozen, self.objective, self.place = frozen, objective, place
         everywhere = replicated(mesh)  # every process reads all figures
 
         @partial(jax.jit, out_shardings=everywhere)
         def sums(trained: Params, frozen: Params, batch: Any) -> tuple[Any, Any]:
-            return objective.sums(trained, frozen, batch, jnp.int32(step)), objective.totals(batch)
+            at = jnp.int32(step)
+            return objective.sums(trained, frozen, batch, at), objective.totals(batch, at)
 
         self.sums = sums
         self.accepted = jax.jit(Estimator(objective.model, objective.shape).accepted, out_shardings=everywhere)

@@ -45,6 +45,7 @@ def make_objective(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> "Nex
         offset_weights=config.mtp.offset_weights,
         decay=config.mtp.decay,
         kl_warmup_steps=config.mtp.kl_warmup_steps,
+        grow_steps=config.mtp.grow_steps,
     )
     chunk = anchor_chunk(config, g, mesh)
     return MultiTokenLoss(decoder, adapter_shape(config), terms, t.loss_chunk, anchor_chunk=chunk)
@@ -103,8 +104,9 @@ class NextToken:
     model: Decoder
     loss_chunk: int
 
-    def totals(self, batch: Batch) -> Float[Array, ""]:
+    def totals(self, batch: Batch, step: Any = None) -> Float[Array, ""]:
         """Number of supervised rows."""
+        del step
         return jnp.maximum(jnp.sum(batch["supervised"]), 1).astype(jnp.float32)
 
     def loss(

@@ -15,6 +15,7 @@ from mtp_jax.mtp.adapter import init_adapter
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
 
 PAPER = LossTerms(target="data", sampler_on_real=True)
+STEP = jnp.int32(0)
 
 
 def near(ours, theirs, bound):
@@ -96,11 +97,11 @@ def test_equals_literal_packing(case, chunks):
         adapter = noisy(adapter, jax.random.key(2), 0.2)
         model = Decoder(g, remat="full" if chunks == PIECES else "none")
         ours = MultiTokenLoss(model, shape, terms, *(chunks if shape.gated else chunks[:2]))
-        totals = ours.totals(batch)
+        totals = ours.totals(batch, STEP)
         frozen = {"params": params}
 
         def compute(adapter):
-            share = lambda a: ours.loss(a, frozen, batch, totals, jnp.int32(0))  # noqa: E731
+            share = lambda a: ours.loss(a, frozen, batch, totals, STEP)  # noqa: E731
             return jax.value_and_grad(share, has_aux=True)(adapter), latents_of(ours, adapter, frozen, batch)
 
         ((total, values), gradient), (z_real, z) = jax.jit(compute)(adapter)
@@ -153,5 +154,5 @@ def test_adapter_starts_as_the_base():
     adapter = init_adapter(g, SHAPE, params["embed"]["embedding"], jax.random.key(1))
     assert all(not np.any(leaf["b"]) for leaf in adapter["lora"]["layers"].values())
     loss = MultiTokenLoss(Decoder(g), SHAPE, LossTerms("data"), 64, 64)
-    values = loss.loss(adapter, {"params": params}, batch, loss.totals(batch), jnp.int32(0))[1]
+    values = loss.loss(adapter, {"params": params}, batch, loss.totals(batch, STEP), STEP)[1]
     near(values["base_loss"], values["sampler_loss"], 1e-6)  # the residual sampler adds nothing yet
