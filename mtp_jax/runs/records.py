@@ -53,6 +53,10 @@ class Journal:
         """All lines."""
         return [] if self.file is None else [json.loads(line) for line in self.path.read_bytes().splitlines()]
 
+    def at(self, step: int, name: str) -> Any:
+        """What a line of `step` holds under `name`; None where no line does."""
+        return next((line[name] for line in self.lines() if line["step"] == step and name in line), None)
+
     def last_figures(self) -> dict[str, Any]:
         """The newest line with held-out figures, without their prefix; empty where there is none."""
         for line in reversed(self.lines()):

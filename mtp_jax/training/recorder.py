@@ -32,32 +32,48 @@ class Recorder:
         trackers: Trackers,
         progress: ProgressBar,
         documents: Sequence[Any],
+        mask_rows: int | None,
     ):
+        """`mask_rows`: trained before this start; None where they were not counted, and are not from here on."""
         self.config, self.metrics, self.timing = config, metrics, timing
         self.trackers, self.progress, self.documents = trackers, progress, documents
+        self.mask_rows = mask_rows
         self.pending: tuple[int, Any, Batch, float] | None = None
         self.clock = time.perf_counter()
 
     def step(self, step: int, values: Any, batch: Batch, waited: float) -> None:
         """Take a step's numbers, which are still being computed, and write those of the step before."""
-        self.finish()
+        self._finish(timed=False)
         self.pending = (step, values, batch, waited)
 
     def finish(self) -> None:
-        """Read and write the pending step; raises UserError where its loss is not finite."""
+        """Read and write the pending step, which may be saved: with a line of timing whatever `logging.every` is.
+
+        Raises:
+            UserError: its loss is not finite.
+        """
+        self._finish(timed=True)
+
+    def _finish(self, timed: bool) -> None:
         if self.pending is None:
             return
         step, values, batch, waited = self.pending
         self.pending = None
         values = {name: plain(value) for name, value in values.items()}
-        weights_finite = values.pop(WEIGHTS_FINITE) == 1
+        weights_finite, mask_rows = values.pop(WEIGHTS_FINITE) == 1, values.pop("mask_rows", None)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]) and weights_finite):
             raise UserError(self._not_finite(step, values, weights_finite, batch))
         seconds = time.perf_counter() - self.clock
         self.clock = time.perf_counter()
         self.progress.update(step, values["loss"])
-        if step % self.config.logging.every == 0 or step == self.config.train.steps:
-            self.line(step, values)
+        so_far = {}
+        if mask_rows is not None and self.mask_rows is not None:
+            self.mask_rows += mask_rows
+            so_far = {"mask_rows": self.mask_rows}
+        logged = step % self.config.logging.every == 0 or step == self.config.train.steps
+        if logged:
+            self.line(step, values | so_far)
+        if logged or timed:
             # Figures are of all processes; each has only its own sequences of the batch.
             share = len(batch["tokens"]) / self.config.train.batch_size
             self.timing.write(
@@ -67,6 +83,7 @@ class Recorder:
                     "rows_per_second": round(batch["tokens"].size / share / seconds, 1),
                     "tokens_per_second": round(int((batch["segments"] != 0).sum()) / share / seconds, 1),
                     "input_wait_seconds": round(waited, 6),
+                    **so_far,
                 }
             )
 

@@ -116,7 +116,8 @@ def train(config: Config) -> str:
                 progress.say(line)
             frozen = parameter_count(task.frozen or {})
             progress.say(f"training {parameter_count(state.trained):,} parameters, {frozen:,} frozen")
-            record = Recorder(config, metrics, timing, trackers, progress, documents)
+            mask_rows = timing.at(start, "mask_rows") if start else 0
+            record = Recorder(config, metrics, timing, trackers, progress, documents, mask_rows)
             for step in range(start + 1, config.train.steps + 1):
                 waited = time.perf_counter()
                 batch = next(batches)
@@ -151,7 +152,7 @@ def train(config: Config) -> str:
 
             # ---- result, and beside it that of the best step
             checkpoints.finish()
-            out = task.write(run.path, state.trained, metrics.last_figures())
+            out = task.write(run.path, state.trained, metrics.last_figures(), record.mask_rows)
             best_folder = run.path / "best"
             if best.step == config.train.steps:
                 if processes.is_first():
@@ -159,7 +160,7 @@ def train(config: Config) -> str:
             elif best.step is not None and checkpoints.is_whole(best.step):
                 jax.tree.map(lambda leaf: leaf.delete(), state)  # never two states at a time
                 state = checkpoints.restore(best.step, program.state)
-                task.write(best_folder, state.trained, best.figures)
+                task.write(best_folder, state.trained, best.figures, timing.at(best.step, "mask_rows"))
             elif best.step is not None and processes.is_first():
                 where = run.name(best_folder)
                 warn(f"step {best.step} was the best, but its checkpoint is lost: {where} is not written.")

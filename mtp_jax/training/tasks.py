@@ -43,8 +43,13 @@ class Task(Protocol):
     def evaluate(self, trained: Params, batches: Iterable[Batch]) -> dict[str, Any]:
         """Held-out figures."""
 
-    def write(self, run_dir: Path, trained: Params, figures: dict[str, Any]) -> Path:
-        """Write the result; returns its folder. All processes call it, as each holds a part; the first one writes."""
+    def write(self, run_dir: Path, trained: Params, figures: dict[str, Any], mask_rows: int | None) -> Path:
+        """Write the result; returns its folder. All processes call it, as each holds a part; the first one writes.
+
+        Args:
+            figures: held-out ones, for the summary of an adapter.
+            mask_rows: that an adapter was trained on; None where they were not counted.
+        """
 
 
 def make_task(
@@ -80,9 +85,9 @@ class NextTokenTask:
         """Loss and next-token accuracy."""
         return self.evaluation(trained, batches)
 
-    def write(self, run_dir: Path, trained: Params, figures: dict[str, Any]) -> Path:
+    def write(self, run_dir: Path, trained: Params, figures: dict[str, Any], mask_rows: int | None) -> Path:
         """`model/`, an ordinary Hugging Face folder."""
-        del figures
+        del figures, mask_rows
         base, out, dtype = self.base, run_dir / "model", jnp.dtype(self.config.model.save_dtype)
         generation = None
         if isinstance(base, Base) and (file := base.folder / "generation_config.json").is_file():
@@ -105,7 +110,7 @@ class MultiTokenTask:
         dtype = jnp.dtype(config.model.compute_dtype)
         self.frozen = {"params": base.load(dtype, partial(weight_sharding, mesh))}
         documents = [] if config.evaluation.every is None else held_out
-        step = config.train.steps  # past any warm-up
+        step = config.train.steps  # past any warm-up and growth
         self.evaluation = AdapterEvaluation(
             base, self.frozen, self.objective, mesh, program.place, config.evaluation, documents, step
         )
@@ -124,7 +129,7 @@ class MultiTokenTask:
         """Loss terms, agreement by offset, and estimated tokens per step."""
         return self.evaluation(trained, batches)
 
-    def write(self, run_dir: Path, trained: Params, figures: dict[str, Any]) -> Path:
+    def write(self, run_dir: Path, trained: Params, figures: dict[str, Any], mask_rows: int | None) -> Path:
         """`adapter/`, which every command accepts as an adapter."""
         out, train = run_dir / "adapter", self.config.train
         base = {"name": self.base.name, "fingerprint": self.base.fingerprint, "values": self.base.values}
@@ -132,6 +137,7 @@ class MultiTokenTask:
             "steps": train.steps,
             "batch_size": train.batch_size,
             "sequence_length": train.sequence_length,
+            "mask_rows": mask_rows,
             "target": self.objective.terms.target,
             "trained_parameters": parameter_count(trained),
             "base_parameters": parameter_count(self.frozen),

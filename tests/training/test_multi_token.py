@@ -30,6 +30,7 @@ from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
 from mtp_jax.training.run import _check_trainable, train
 
 M = 3
+STEP = jnp.int32(0)
 
 
 @pytest.fixture(scope="session")
@@ -104,6 +105,9 @@ def test_a_run_trains_the_adapter_alone_and_writes_it(trained, base):
     assert all(len(line["held_out_agreement"]) == M for line in held)
     assert list(held[-1]["held_out_tokens_per_step"]) == ["1", "2", "3"]
     assert config["training"]["held_out"]["loss"] == held[-1]["held_out_loss"]
+    for folder in (run_dir, run_dir / "best"):
+        summary = json.loads((folder / "adapter" / "mtp_config.json").read_text())["training"]
+        assert summary["mask_rows"] == steps[summary["held_out"]["step"] - 1]["mask_rows"]
     # A checkpoint holds the adapter and its two moments, nothing of the base.
     saved = StandardCheckpointer().restore((run_dir / "checkpoints" / "12" / "state").absolute())
     count = config["training"]["trained_parameters"]
@@ -147,6 +151,42 @@ def test_a_killed_run_ends_like_an_undisturbed_one(adapter_tree, trained, write_
     assert all(np.array_equal(a[key], b[key]) for key in a) and a.keys() == b.keys()
 
 
+@pytest.mark.parametrize("ratio", [0.5, 64.0])
+def test_any_scale_of_the_matrices_trains(adapter_tree, ratio):
+    adapter_tree["lora"]["alpha"] = ratio * adapter_tree["lora"]["rank"]
+    adapter_tree["train"]["steps"] = 5
+    adapter_tree["evaluation"] = {}
+    out = Path(train(validate(adapter_tree, "tree")))
+    lines = read_lines(out.parent / "metrics.jsonl")
+    assert len(lines) == 5 and all(np.isfinite(line["loss"]) and line["gradient_norm"] > 0 for line in lines)
+    assert all(np.isfinite(array).all() for array in load_file(out / "adapter.safetensors").values())
+
+
+def test_mask_rows_are_counted_whatever_is_logged(adapter_tree, base):
+    adapter_tree["mtp"] |= {"grow_steps": 4, "target": "data"}
+    adapter_tree |= {"logging": {"every": 5}, "evaluation": {}}
+    config = validate(adapter_tree, "tree")
+    out = Path(train(config))
+    batches, _ = training_batches(
+        read_sources(config.data)[0], [1.0], open_base(str(base)).tokenizer, 4, 32, config.seed, Anchors(6, config.seed)
+    )
+    expected, so_far = [0], 0
+    for masks, batch in zip([1, 1, 2, 2] + [3] * 8, batches, strict=False):
+        for b, anchors in enumerate(batch["anchors"]):
+            of = batch["segments"][b], batch["supervised"][b]
+            for anchor in anchors[anchors >= 0]:
+                rows = range(anchor + 1, min(anchor + 1 + masks, 32))
+                so_far += sum(bool(of[0][row] == of[0][anchor] and of[1][row]) for row in rows)
+        expected.append(so_far)
+    whole = (out.parent / "metrics.jsonl").read_bytes()
+    steps = read_lines(out.parent / "metrics.jsonl")
+    assert [(line["step"], line["mask_rows"]) for line in steps] == [(step, expected[step]) for step in (5, 10, 12)]
+    # From step 9, of which metrics.jsonl has no line.
+    shutil.rmtree(out.parent / "checkpoints" / "12")
+    train(config)
+    assert (out.parent / "metrics.jsonl").read_bytes() == whole
+
+
 # ---- each part matters
 
 
@@ -179,7 +219,7 @@ class Lesson:
         adapter = init_adapter(self.g, loss.shape, table, jax.random.key(0))
 
         def step(adapter, state, batch):
-            share = lambda a: loss.loss(a, self.frozen, batch, loss.totals(batch), jnp.int32(0))  # noqa: E731
+            share = lambda a: loss.loss(a, self.frozen, batch, loss.totals(batch, STEP), STEP)  # noqa: E731
             gradient, _ = jax.grad(share, has_aux=True)(adapter)
             updates, state = tx.update(gradient, state)
             return jax.tree.map(jnp.add, adapter, updates), state
@@ -197,7 +237,7 @@ class Lesson:
         rulers = [self.loss(LossTerms(target=target), sampler) for target in ("base_soft", "data")]
         if sampler not in self.measure:
             self.measure[sampler] = jax.jit(
-                lambda a, batch: [(r.sums(a, self.frozen, batch, jnp.int32(0)), r.totals(batch)) for r in rulers]
+                lambda a, batch: [(r.sums(a, self.frozen, batch, STEP), r.totals(batch, STEP)) for r in rulers]
             )
         total = None
         for _, batch in zip(range(4), self.batches(), strict=False):
