@@ -67,6 +67,9 @@ class Continuations(_Section):
     count: int = Field(default=1000, ge=1)  # prompts
     prompt_tokens: int = Field(default=64, ge=1)  # of a text; other documents have prompts of their own
     new_tokens: int = Field(default=192, ge=2)  # at most
+    temperature: float | None = Field(default=None, gt=0)  # of sampling; null for greedy
+    top_k: int | None = Field(default=None, ge=1)  # sampled from so many of the likeliest tokens; null for all
+    top_p: float = Field(default=1.0, gt=0, le=1)  # from the smallest set of likeliest ones with so much probability
 
 
 class Data(_Section):
@@ -208,6 +211,14 @@ def _objective_fits(c: Any) -> Iterator[str]:
         yield f"train.anchors={c.train.anchors} should be from 1 to train.sequence_length, or 'all'."
 
 
+def _sampling_has_temperature(c: Any) -> Iterator[str]:
+    wanted = c.data.continuations
+    if wanted is None or wanted.temperature is not None:
+        return
+    for key in (key for key, default in (("top_k", None), ("top_p", 1.0)) if getattr(wanted, key) != default):
+        yield f"data.continuations.{key} belongs to sampling: set data.continuations.temperature too."
+
+
 def _parts_divide(c: Any) -> Iterator[str]:
     batch, parts = c.train.batch_size, c.train.accumulation
     if batch % parts:
@@ -241,6 +252,7 @@ def _mesh_sizes(c: Any) -> Iterator[str]:
 RULES = (
     _one_model,
     _objective_fits,
+    _sampling_has_temperature,
     _parts_divide,
     _steps_after_warmup,
     _steps_after_growth,

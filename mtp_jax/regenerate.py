@@ -30,8 +30,9 @@ def main() -> None:
     from rich.progress import Progress
 
     from mtp_jax.api import load
-    from mtp_jax.data.continuations import choose_prompts, count_written, write_continuations
+    from mtp_jax.data.continuations import choose_prompts, count_written, sampling_of, write_continuations
     from mtp_jax.data.sources import read_sources
+    from mtp_jax.decoding.options import Sampling
     from mtp_jax.files import expanded
 
     sources, _ = read_sources(config.data, continuations=False)
@@ -41,7 +42,9 @@ def main() -> None:
     tokenizer, context, seed = generator.tokenizer, generator.g.max_positions, config.seed
     prompts = list(choose_prompts(sources, weights, tokenizer, wanted, context, seed))
     out, console = expanded(wanted.path), Console(stderr=True)
-    done = count_written(out, prompts)
+    sampled = sampling_of(wanted, seed)
+    sampling = Sampling(**sampled) if sampled else None
+    done = count_written(out, prompts, sampled)
     if out.exists():
         print(f"continuations: {out} (already there)")
         return
@@ -51,14 +54,14 @@ def main() -> None:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("regenerating", total=len(prompts), completed=done)
 
-        def complete(batch: list[list[int]]) -> list[list[int]]:
+        def complete(batch: list[list[int]], number: int) -> list[list[int]]:
             nonlocal cut_short
-            completions = generator.complete(batch, wanted.new_tokens, arguments.batch_size)
+            completions = generator.complete(batch, wanted.new_tokens, arguments.batch_size, sampling, number)
             cut_short += sum(completion.finish_reason == "context" for completion in completions)
             progress.advance(bar, len(batch))
             return [completion.token_ids for completion in completions]
 
-        write_continuations(out, prompts, tokenizer, complete, arguments.batch_size)
+        write_continuations(out, prompts, tokenizer, complete, arguments.batch_size, sampled)
     if cut_short:
         warn(f"{cut_short} continuations are cut short, as the context of {context} tokens is full.")
     print(f"continuations: {out}")

@@ -150,6 +150,14 @@ CONTRADICTIONS = [
     ({"train__warmup_steps": 10}, "train.warmup_steps=10 leaves none"),
     ({"evaluation__every": 2, "data__held_out": 0.0}, "evaluation.every asks"),
     ({"objective": "multi_token", "mtp": {"masks": 2, "grow_steps": 10}}, "mtp.grow_steps=10 leaves none"),
+    (
+        {
+            "objective": "multi_token",
+            "mtp": {"masks": 2},
+            "data__continuations": {"path": "c.jsonl", "top_p": 0.9},
+        },
+        "data.continuations.top_p belongs to sampling",
+    ),
     ({"mesh__data": 0}, "mesh sizes"),
     ({"mesh__fsdp": -1}, "mesh sizes"),
     ({"mesh__tensor": -2}, "mesh sizes"),

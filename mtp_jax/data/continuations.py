@@ -24,6 +24,7 @@ _FRUITLESS = 1000  # consecutive documents that give no prompt, before giving up
 _CHECKED = 1000  # continuations that are compared with the tokenizer, spread evenly over the file
 _OLD_KEYS = ("prompt", "completion")
 _KEYS = (*_OLD_KEYS, "prompt_ids", "completion_ids")
+_SAMPLED_KEYS = (*_KEYS, "sampling")
 
 
 class Prompt(NamedTuple):
@@ -88,17 +89,27 @@ def _added(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
 # ---- the file
 
 
-def count_written(path: Path, prompts: list[Prompt]) -> int:
-    """How many continuations of `prompts` a file already holds, finished or cut off.
+def sampling_of(wanted: Continuations, seed: int) -> dict[str, Any] | None:
+    """How continuations are sampled, as their records say it; None for greedy ones, whose records say nothing."""
+    if wanted.temperature is None:
+        return None
+    return {"temperature": wanted.temperature, "top_k": wanted.top_k, "top_p": wanted.top_p, "seed": seed}
+
+
+def count_written(path: Path, prompts: list[Prompt], sampling: dict[str, Any] | None = None) -> int:
+    """How many continuations of `prompts`, sampled so, a file already holds, finished or cut off.
 
     Raises:
         UserError: a finished file that holds other continuations.
     """
     finished = path.exists()
     # A finished file without token ids, as older versions wrote it, stays; one that was cut off begins anew.
-    records = _whole_records(path, (_KEYS, _OLD_KEYS)) if finished else _whole_records(_part(path), (_KEYS,))
+    kinds = (_KEYS, _SAMPLED_KEYS)
+    records = _whole_records(path, (*kinds, _OLD_KEYS)) if finished else _whole_records(_part(path), kinds)
     ours = len(records) <= len(prompts) and all(
-        record["prompt"] == prompt.text and record.get("prompt_ids", prompt.tokens) == prompt.tokens
+        record["prompt"] == prompt.text
+        and record.get("prompt_ids", prompt.tokens) == prompt.tokens
+        and record.get("sampling") == sampling
         for record, prompt in zip(records, prompts, strict=False)
     )
     if finished and not (ours and len(records) == len(prompts)):
@@ -110,8 +121,9 @@ def write_continuations(
     path: Path,
     prompts: list[Prompt],
     tokenizer: Any,
-    complete: Callable[[list[list[int]]], list[list[int]]],
+    complete: Callable[[list[list[int]], int], list[list[int]]],
     batch_size: int,
+    sampling: dict[str, Any] | None = None,
 ) -> None:
     """Write the file of continuations or the rest of one that was cut off; a finished file stays as it is.
 
@@ -121,13 +133,15 @@ def write_continuations(
         path: The file.
         prompts: One for each record of the file.
         tokenizer: The model's.
-        complete: Takes the tokens of at most `batch_size` prompts and returns the tokens that the model adds to each.
+        complete: Takes the tokens of at most `batch_size` prompts, and the number of the first, and returns the tokens
+            that the model adds to each.
         batch_size: Prompts completed at a time.
+        sampling: See `sampling_of`.
 
     Raises:
         UserError: a finished file that holds other continuations.
     """
-    done, part = count_written(path, prompts), _part(path)
+    done, part = count_written(path, prompts, sampling), _part(path)
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,9 +151,9 @@ def write_continuations(
             file.seek(0, 2)
         for at in range(done, len(prompts), batch_size):
             batch = prompts[at : at + batch_size]
-            completions = complete([prompt.tokens for prompt in batch])
+            completions = complete([prompt.tokens for prompt in batch], at)
             for prompt, completion in zip(batch, completions, strict=True):
-                file.write(_record(prompt, completion, tokenizer).encode())
+                file.write(_record(prompt, completion, tokenizer, sampling).encode())
             file.flush()
     part.rename(path)
 
@@ -148,10 +162,11 @@ def _part(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
-def _record(prompt: Prompt, completion: list[int], tokenizer: Any) -> str:
+def _record(prompt: Prompt, completion: list[int], tokenizer: Any, sampling: dict[str, Any] | None) -> str:
     """A line of the file; a stop token that was written is part of it. Training reads the ids, people the text."""
     values = (prompt.text, _added(tokenizer, prompt.tokens, completion), prompt.tokens, completion)
-    return json.dumps(dict(zip(_KEYS, values, strict=True)), ensure_ascii=False) + "\n"
+    record = dict(zip(_KEYS, values, strict=True)) | ({"sampling": sampling} if sampling else {})
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def _whole_records(path: Path, kinds: tuple[tuple[str, ...], ...]) -> list[dict[str, Any]]:
@@ -201,7 +216,8 @@ def read_continuations(wanted: Continuations) -> Documents:
     """The documents of a finished file of continuations.
 
     Raises:
-        UserError: no such file, or one that `python -m mtp_jax.regenerate` did not write.
+        UserError: no such file, one that `python -m mtp_jax.regenerate` did not write, or one whose first record is
+            sampled otherwise.
     """
     path = local(wanted.path)
     if not path.is_file():
@@ -216,12 +232,26 @@ def read_continuations(wanted: Continuations) -> Documents:
         columns = parse(table[0])
     except ValueError as error:
         raise UserError(f"data.continuations.path: {wanted.path}: cannot be read ({reason(error)}).") from error
-    if set(columns) not in (set(_KEYS), set(_OLD_KEYS)):
+    if set(columns) not in map(set, (_KEYS, _SAMPLED_KEYS, _OLD_KEYS)):
         raise UserError(
             f"data.continuations.path: {wanted.path}: should hold the prompts and completions that "
             f"`python -m mtp_jax.regenerate` writes; its columns are {', '.join(columns)}."
         )
+    found, asked = _how(columns.get("sampling")), _how(sampling_of(wanted, seed=0))
+    if found != asked:
+        raise UserError(
+            f"data.continuations.path: {wanted.path}: its continuations are {found}, and this config asks for {asked} "
+            "ones; name another file and regenerate, or set what this one was made with."
+        )
     return Documents(len(table), lambda number: Continuation(table, number))
+
+
+def _how(sampling: Any) -> str:
+    """In words, without the seed: any will do for training."""
+    if not isinstance(sampling, dict):
+        return "greedy"
+    said = (f"{key}={value}" for key, value in sampling.items() if key != "seed" and value is not None)
+    return f"sampled ({', '.join(said)})"
 
 
 def check_continuations(found: Sequence[Document], tokenizer: Any) -> None:

@@ -17,11 +17,13 @@ from mtp_jax.data.continuations import (
     choose_prompts,
     count_written,
     read_continuations,
+    sampling_of,
     write_continuations,
 )
 from mtp_jax.data.documents import Completion, Conversation, Document, Text
 from mtp_jax.data.sources import read_sources, source_documents
 from mtp_jax.data.tokens import Encoder
+from mtp_jax.decoding.options import Sampling
 from mtp_jax.errors import UserError
 from mtp_jax.training.run import train
 
@@ -104,6 +106,73 @@ def test_another_files_continuations_are_not_overwritten(command, write_config, 
     assert listing(folder) == before
 
 
+SAMPLING = {"temperature": 0.9, "top_k": 40, "top_p": 0.95}
+
+
+def test_sampled_text_follows_from_the_seed_and_the_number_of_a_prompt(command, write_config, tree, tmp_path):
+    tree["data"]["continuations"] |= SAMPLING
+    config, folder = write_config(tree), tmp_path / "made"
+    assert command("regenerate", "--config", config, "--batch-size", 3).code == 0
+    ((name, whole),) = listing(folder).items()
+    lines = read_lines(folder / name)
+    assert all(line["sampling"] == {**SAMPLING, "seed": 0} for line in lines)
+    generator = load(tree["model"]["path"])
+    for number, line in enumerate(lines):
+        sampling = Sampling(**SAMPLING, seed=0)
+        (alone,) = generator.complete([line["prompt_ids"]], 9, 1, sampling, number)
+        assert line["completion_ids"] == alone.token_ids
+    greedy = generator.complete([line["prompt_ids"] for line in lines], 9, 7)
+    assert all(line["completion_ids"] != done.token_ids for line, done in zip(lines, greedy, strict=True))
+    # Cut off behind two lines, within a third.
+    second = whole.index(b"\n", whole.index(b"\n") + 1) + 1
+    (folder / name).unlink()
+    (folder / f"{name}.part").write_bytes(whole[: second + 11])
+    outcome = command("regenerate", "--config", config, "--batch-size", 3)
+    assert "2 of 7" in outcome.err, outcome
+    assert listing(folder) == {name: whole}
+
+
+def test_a_file_sampled_otherwise_is_refused(command, write_config, tree, tmp_path):
+    def regenerate(seed=0, **changes):
+        changed = {**tree, "seed": seed, "data": {**tree["data"]}}
+        changed["data"]["continuations"] = {**tree["data"]["continuations"], **changes}
+        return command("regenerate", "--config", write_config(changed))
+
+    (tmp_path / "made").mkdir()
+    for made, others in [
+        ({}, [SAMPLING]),
+        (SAMPLING, [{}, SAMPLING | {"top_p": 1.0}, SAMPLING | {"top_k": None}, SAMPLING | {"temperature": 1.0}]),
+    ]:
+        for path in (tmp_path / "made").iterdir():
+            path.unlink()
+        assert regenerate(**made).code == 0
+        before = listing(tmp_path / "made")
+        assert "already there" in regenerate(**made).out
+        for other in others:
+            outcome = regenerate(**other)
+            assert outcome.code == 2 and "holds other continuations" in outcome.errors[0], outcome
+        assert "holds other continuations" in regenerate(seed=1, **made).errors[0]
+        assert listing(tmp_path / "made") == before
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "says"),
+    [
+        ({}, {"temperature": 0.9}, "are greedy, and this config asks for sampled (temperature=0.9, top_p=1.0) ones"),
+        (SAMPLING, {}, "are sampled (temperature=0.9, top_k=40, top_p=0.95), and this config asks for greedy ones"),
+        (SAMPLING, SAMPLING | {"top_k": None}, "top_k=40"),
+    ],
+)
+def test_training_refuses_a_file_sampled_otherwise(tmp_path, made, asked, says):
+    file = tmp_path / "made.jsonl"
+    wanted = Continuations(path=str(file), **made)
+    write_continuations(file, numbered(2), Letters, lambda batch, _: [[1]] * len(batch), 2, sampling_of(wanted, 7))
+    assert len(read_continuations(wanted)) == 2
+    with pytest.raises(UserError) as refused:
+        read_continuations(Continuations(path=str(file), **asked))
+    assert says in str(refused.value)
+
+
 def numbered(count):
     return [Prompt(f"p{i}", [i]) for i in range(count)]
 
@@ -119,7 +188,8 @@ class Letters:
 def test_a_file_is_called_otherwise_until_it_is_whole(tmp_path):
     out, prompts, asked = tmp_path / "deep" / "made.jsonl", numbered(5), []
 
-    def complete(batch):
+    def complete(batch, at):
+        assert batch[0] == [at]
         asked.append([number for (number,) in batch])
         if len(asked) == 2:
             raise KeyboardInterrupt
@@ -173,7 +243,7 @@ def test_trained_ids_are_the_written_ids(tmp_path, kind):
     prompts = prompts_of(documents, tokenizer, 100, prompt_tokens=3)
     written = []
 
-    def complete(batch):
+    def complete(batch, _):
         written.extend(draw.choices(range(3, len(tokenizer)), k=draw.randint(1, 20)) for _ in batch)
         return written[-len(batch) :]
 
