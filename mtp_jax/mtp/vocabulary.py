@@ -64,7 +64,8 @@ def over_vocabulary(
 
     def forward(latents: Array, table: Array, rest: Any) -> Any:
         loss, pull, others = jax.vjp(lambda z: f(head(z, table), rest), latents, has_aux=True)
-        return (loss, others), checkpoint_name(pull(jnp.ones_like(loss))[0], KEPT)
+        # The results are kept as well: whoever weighs a loss by them needs them in the backward pass.
+        return checkpoint_name(((loss, others), pull(jnp.ones_like(loss))[0]), KEPT)
 
     def backward(slope: Array, cotangents: Any) -> tuple[Array, None, None]:
         return (slope * cotangents[0][..., None]).astype(slope.dtype), None, None

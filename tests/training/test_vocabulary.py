@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from mtp_jax.model.chunks import sum_over_chunks
-from mtp_jax.mtp.vocabulary import cross_entropy_sums, rows_at_a_time
+from mtp_jax.model.decoder import head
+from mtp_jax.mtp.vocabulary import cross_entropy_sums, over_vocabulary, rows_at_a_time
 
 B, T, D, V = 3, 17, 8, 50
 
@@ -76,3 +77,52 @@ def test_memory_does_not_grow_with_rows_times_vocabulary():
     control = temporary_bytes(plain, 256) - temporary_bytes(plain, 64)
     assert control > 0.7 * logits
     assert grown < 0.05 * logits
+
+
+# ---- losses whose gradient is found beside them
+
+
+def judged(scores, labels):
+    log_q = jax.nn.log_softmax(scores)
+    gold = jnp.take_along_axis(log_q, labels[..., None], axis=-1)[..., 0]
+    return -gold, scores.argmax(-1) == labels
+
+
+def summed(latents, table, labels, counted, chunk, once=True):
+    def f(rows):
+        z, labels, counted = rows
+        loss, right = over_vocabulary(judged, z, table, labels) if once else judged(head(z, table), labels)
+        return {"loss": jnp.sum(jnp.sin(loss) * counted), "right": jnp.sum(right & counted).astype(jnp.float32)}
+
+    return sum_over_chunks(f, (latents, labels, counted), rows_at_a_time(chunk, len(latents)))
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_gradient_found_beside_the_loss_is_that_of_reverse_mode(case, chunk):
+    latents, table, labels, counted = case
+    values, gradients = [], []
+    for once in (True, False):
+        f = lambda z, once=once: summed(z, table, labels, counted, chunk, once)  # noqa: E731
+        values.append(f(latents))
+        gradients.append(jax.jit(jax.grad(lambda z, f=f: 3.0 * f(z)["loss"]))(latents))
+    assert close(values[0]["loss"], values[1]["loss"]) and values[0]["right"] == values[1]["right"]
+    assert close(*gradients) and np.abs(gradients[0]).max() > 0
+
+
+def products(jaxpr, size):
+    """Matrix products with an axis of this size, anywhere in a program."""
+    count = 0
+    for equation in jaxpr.eqns:
+        shapes = [variable.aval.shape for variable in (*equation.invars, *equation.outvars)]
+        count += equation.primitive.name == "dot_general" and any(size in shape for shape in shapes)
+        count += sum(products(inner, size) for inner in jax.core.jaxprs_in_params(equation.params))
+    return count
+
+
+def test_logits_are_computed_once(case):
+    latents, table, labels, counted = case
+    of = lambda once: jax.make_jaxpr(  # noqa: E731
+        jax.grad(lambda z: summed(z, table, labels, counted, 7, once)["loss"])
+    )(latents)
+    assert products(of(True).jaxpr, V) == 2  # logits, and their gradient in the latents
+    assert products(of(False).jaxpr, V) == 3  # logits once more
