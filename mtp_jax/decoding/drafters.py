@@ -136,7 +136,10 @@ class Jacobi:
 
 @dataclass(frozen=True)
 class DraftModel:
-    """A smaller model of the same tokenizer continues the text greedily; its weights are `variables["draft"]`."""
+    """A smaller model of the same tokenizer continues the text greedily; its weights are `variables["draft"]`.
+
+    The base may have more ids, which no text holds; a forward pass reads them as its last one.
+    """
 
     drafts: int
     forward: Forward
@@ -151,7 +154,7 @@ class DraftModel:
         model = self.forward.model
         cache: Any = empty_cache(model.g, len(prompts), slots, model.dtype, stacked=model.scanned)
         for start in range(0, prompts.shape[1], chunk):
-            rows, at = self._known(prompts[:, start : start + chunk]), jnp.full(len(prompts), start)
+            rows, at = prompts[:, start : start + chunk], jnp.full(len(prompts), start)
             _, _, cache = self.forward.rows(variables["draft"], rows, at, cache, None, start == 0, lengths)
         return cache
 
@@ -176,7 +179,7 @@ class DraftModel:
             """The text with the token behind the first `end`, the last `rows` of which are not in the cache yet."""
             start = end - rows
             newest = jnp.take_along_axis(tokens, start[:, None] + jnp.arange(rows), axis=1)
-            latents, _, cache = self.forward.rows(weights, self._known(newest), start, cache)
+            latents, _, cache = self.forward.rows(weights, newest, start, cache)
             logits = self.forward.logits(weights, latents[:, -1])[:, :V]  # the base may know fewer tokens
             if process is not None:
                 logits = process(logits, tokens, end)
@@ -191,10 +194,6 @@ class DraftModel:
         text, cache = jax.lax.fori_loop(1, self.drafts, another, (text, cache))
         drafts = jnp.take_along_axis(text, end[:, None] + jnp.arange(self.drafts), axis=1)
         return drafts, jnp.full_like(length, self.drafts), cache
-
-    def _known(self, tokens: Int[Array, "B R"]) -> Int[Array, "B R"]:
-        """Tokens that have an embedding: the base may know more, with which no text was trained."""
-        return jnp.minimum(tokens, self.forward.model.g.V - 1)
 
 
 def parse_drafter(text: str, model: Forward | None = None) -> Drafter:

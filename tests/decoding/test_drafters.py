@@ -247,6 +247,21 @@ def test_a_draft_model_continues_the_text(folders, prompts, draft, monkeypatch):
     assert len(seen) > 2  # what the cache holds of rejected drafts would matter
 
 
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_ids_that_a_draft_model_lacks_are_read_as_its_last_one(folders, native, monkeypatch):
+    monkeypatch.setenv("MTP_JAX_NATIVE", native)
+    generator = drafted(folders, "fewer")
+    drafter = generator.options.drafter
+
+    def drafts(token):
+        text, scores = jnp.full((1, 16), token), jnp.zeros((1, 1, 320))
+        state = drafter.prefill(generator.variables, text[:, :4], jnp.asarray([4]), 16, 8)
+        found, _, _ = drafter.draft(generator.variables, state, text, jnp.asarray([5]), scores, jnp.asarray([0]), None)
+        return found.tolist()
+
+    assert drafts(319) == drafts(299) != drafts(7)
+
+
 # ---- names, options and what is refused
 
 
