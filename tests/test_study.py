@@ -31,7 +31,7 @@ def test_every_variant_is_valid_and_costs_the_same(name, tmp_path):
     words = subject.overrides(subject.keys_of(STUDY, name), "MODEL", tmp_path / name, tmp_path)
     config = load_config(STUDY["config"], words)
     t = config.train
-    assert t.steps * t.batch_size * t.anchors * config.mtp.masks == 245_760
+    assert t.steps * t.batch_size * t.anchors * config.mtp.masks == 122_880
     assert config.output_dir == str(tmp_path / name) and config.model.path == "MODEL"
     if config.data.continuations:
         assert config.data.continuations.path.startswith(str(tmp_path))
