@@ -38,6 +38,17 @@ def test_it_fits_this_machine(planned, write_config, command):
         assert part in ended.out
 
 
+def test_a_draft_vocabulary_takes_less(planned, write_config, command):
+    def found(*overrides):
+        ended = command("preflight", "--config", write_config(planned), "--decode", "--json", *overrides)
+        assert ended.code == 0, ended
+        return [json.loads(line) for line in ended.out.splitlines()]
+
+    (all_training, all_decoding), (training, decoding) = found(), found("mtp.vocabulary=20")
+    assert training["arguments"] - all_training["arguments"] == 20 * 4
+    assert training["flops"] < all_training["flops"] and decoding["flops"] < all_decoding["flops"]
+
+
 def test_the_decoding_step_too(planned, write_config, command):
     options = ["--decode", "--plan", "quadratic:1", "--slots", "64", "--batch-size", "2"]
     ended = command("preflight", "--config", write_config(planned), *options)
@@ -123,6 +134,7 @@ def test_weights_are_not_looked_for(planned, write_config, command, monkeypatch)
         (["train.batch_size=0"], "train.batch_size should be greater than or equal to 1"),
         (["mesh.fsdp=3"], "does not multiply to the 1 devices"),
         (["train.sequence_length=65"], "longer than the model's context of 64"),
+        (["mtp.vocabulary=9999"], "mtp.vocabulary=9999 should be at most 300, the model's tokens"),
         (["model.attention=splash"], "is a kernel for tpu, not for cpu"),
     ],
 )

@@ -27,7 +27,7 @@ from mtp_jax.errors import BadRecord, UserError
 
 _SAMPLE = 10_000  # records of a source that are checked, spread evenly over it
 _STREAMED = 1_000  # the same, at the beginning of a stream
-_TOKENS = 2_000_000  # of a source that are enough
+ENOUGH_TOKENS = 2_000_000  # of a source
 
 
 def source_documents(
@@ -129,7 +129,7 @@ def check_supervision(
     for i, source in enumerate(sources):
         where = f"data.sources.{i}"
         try:
-            sample = _sample(source)
+            sample = sample_of(source)
             if isinstance(sample[0], Continuation) and not isinstance(source, Stream):
                 where = "data.continuations"
                 check_continuations(source, tokenizer)
@@ -143,7 +143,7 @@ def check_supervision(
             faults += [f"{where}: {fault}" for fault in error.faults]
     if held_out and not faults:
         try:
-            looked = _look_at(_sample(held_out), encode)
+            looked = _look_at(sample_of(held_out), encode)
             lines += [f"held-out documents: {looked.skipped()}"] if looked.bad else []
         except UserError as error:
             faults += [f"held-out documents: {fault}" for fault in error.faults]
@@ -152,13 +152,19 @@ def check_supervision(
     return lines
 
 
-def _sample(source: SourceDocuments) -> list[Document]:
+def sample_of(source: SourceDocuments) -> list[Document]:
+    """Up to 10,000 documents, spread evenly over a source, or the first 1,000 of a stream; UserError without any."""
     if isinstance(source, Stream):
         if not (sample := list(islice(source, _STREAMED))):
             raise UserError(f"{source.name}: no record is left to train on.")
         return list(sample)
     count = min(_SAMPLE, len(source))
     return [source[n * len(source) // count] for n in range(count)]
+
+
+def in_any_order(sample: list[Document]) -> list[int]:
+    """The numbers of a sample's documents in a fixed order without meaning, so that it may be cut short anywhere."""
+    return np.random.default_rng(0).permutation(len(sample)).tolist()
 
 
 @dataclass
@@ -209,8 +215,8 @@ class _Looked:
 
 def _look_at(sample: list[Document], encode: Encoder) -> _Looked:
     looked, tokens = _Looked(sample[0]), 0
-    for number in np.random.default_rng(0).permutation(len(sample)).tolist():
-        if tokens > _TOKENS:
+    for number in in_any_order(sample):
+        if tokens > ENOUGH_TOKENS:
             break
         document, looked.count = sample[number], looked.count + 1
         try:

@@ -17,6 +17,7 @@ from mtp_jax.evaluating.suites import Asked
 from mtp_jax.evaluating.ties import TIE, departure
 from mtp_jax.model.base import Base
 from mtp_jax.model.decoder import Decoder as Model
+from mtp_jax.model.weights import Params
 from mtp_jax.mtp.adapter_folder import Adapter
 from mtp_jax.mtp.estimate import Continuations, Estimator
 from mtp_jax.mtp.estimate import tokens_per_step as estimate_of
@@ -175,7 +176,9 @@ def estimated(base: Base, adapter: Adapter, prompts: list[list[int]], texts: lis
     Args:
         texts: what plain decoding added to the prompts.
     """
-    frozen = {"params": base.load(jnp.dtype("float32"))}
+    frozen: Params = {"params": base.load(jnp.dtype("float32"))}
+    if adapter.shape.vocabulary is not None:
+        frozen["vocabulary"] = adapter.arrays["vocabulary"]
     run = jax.jit(Estimator(Model(base.g), adapter.shape).accepted)
     width = -(-max(len(a) + len(b) for a, b in zip(prompts, texts, strict=True)) // _LENGTHS) * _LENGTHS
     accepted: list[Any] = []

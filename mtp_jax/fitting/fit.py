@@ -23,7 +23,7 @@ from mtp_jax.locate import find_folder
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.mtp.losses import MultiTokenLoss
 from mtp_jax.training.objectives import adapter_shape
-from mtp_jax.training.program import Program, build_program, check_divides, check_length
+from mtp_jax.training.program import Program, build_program, check_divides, check_length, check_vocabulary
 
 
 class Place(NamedTuple):
@@ -125,10 +125,12 @@ def check_training(config: Config, g: Geometry, place: Place) -> Fit:
     """Compile the training step.
 
     Raises:
-        UserError: a batch that does not divide over the mesh, or sequences longer than the model's context.
+        UserError: a batch that does not divide over the mesh, sequences longer than the model's context, or a draft
+            vocabulary larger than the model's.
     """
     check_divides(config, place.mesh)
     check_length(config, g)
+    check_vocabulary(config, g.V)
     program = build_program(config, g, place.mesh)
     tokens = config.train.batch_size * config.train.sequence_length
     arguments = (program.state, program.frozen, program.batch)

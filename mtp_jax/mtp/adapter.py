@@ -1,4 +1,7 @@
-"""What is trained beside the frozen base: gated LoRA, mask embeddings and sampler head, in two collections."""
+"""What is trained beside the frozen base: gated LoRA, mask embeddings and sampler head, in two collections.
+
+An adapter with a draft vocabulary has a third one, `vocabulary`, which is not trained: [U] int32, ascending token ids.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +29,7 @@ class AdapterShape:
     targets: tuple[str, ...]
     sampler: str  # one of SAMPLERS
     gated: bool = True
+    vocabulary: int | None = None  # U, tokens that are drafted; None for all
 
     @property
     def scale(self) -> float:
@@ -60,8 +64,11 @@ def init_adapter(g: Geometry, shape: AdapterShape, embedding: jax.Array, key: PR
 
 
 def abstract_adapter(g: Geometry, shape: AdapterShape) -> Params:
-    """Shapes of all trainable arrays."""
-    return unflatten_dict({w.path: jax.ShapeDtypeStruct(w.shape, jnp.float32) for w in adapter_table(g, shape)})
+    """Shapes of all arrays of an adapter."""
+    trained = unflatten_dict({w.path: jax.ShapeDtypeStruct(w.shape, jnp.float32) for w in adapter_table(g, shape)})
+    if shape.vocabulary is None:
+        return trained
+    return trained | {"vocabulary": jax.ShapeDtypeStruct((shape.vocabulary,), jnp.int32)}
 
 
 def with_adapter(params: Params, adapter: Params, shape: AdapterShape) -> Params:

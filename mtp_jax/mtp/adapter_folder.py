@@ -28,6 +28,7 @@ from mtp_jax.mtp.adapter import SAMPLERS, AdapterShape, adapter_table
 from mtp_jax.storage import local
 
 CONFIG, TENSORS = "mtp_config.json", "adapter.safetensors"
+_VOCABULARY = "mtp.vocabulary"  # the key of the draft vocabulary
 FORMAT = 1
 
 
@@ -37,7 +38,7 @@ class Adapter:
 
     folder: Path
     shape: AdapterShape
-    arrays: Params  # on the host, float32
+    arrays: Params  # on the host, float32; the draft vocabulary int32
     config: dict[str, Any]  # its mtp_config.json
     dtype: np.dtype  # as stored
 
@@ -85,6 +86,8 @@ def write_adapter_files(
         measured: tokens per step by domain, and how they were measured.
     """
     tensors = {w.key: np.asarray(leaf_at(adapter, w.path)).astype(dtype) for w in adapter_table(g, shape)}
+    if shape.vocabulary is not None:
+        tensors[_VOCABULARY] = np.asarray(adapter["vocabulary"])
     config = {
         "format": FORMAT,
         "masks": shape.masks,
@@ -93,6 +96,7 @@ def write_adapter_files(
         "targets": list(shape.targets),
         "sampler": shape.sampler,
         "gated": shape.gated,
+        **({} if shape.vocabulary is None else {"vocabulary": shape.vocabulary}),
         "base": base,
         "training": summary,
         **({} if measured is None else {"measured": measured}),
@@ -135,6 +139,8 @@ def read_shape(folder: Path) -> AdapterShape:
     except ValidationError as error:
         faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise UserError(*(f"{where}: not a complete adapter config ({fault})." for fault in faults)) from error
+    if shape.vocabulary is not None and shape.vocabulary < 1:
+        raise UserError(f"{where}: vocabulary {shape.vocabulary} should be at least 1.")
     if shape.masks < 1 or shape.rank < 1 or set(shape.targets) - set(PROJECTIONS):
         raise UserError(f"{where}: masks and rank must be at least 1, and targets among {', '.join(PROJECTIONS)}.")
     if not math.isfinite(shape.alpha):
@@ -178,9 +184,22 @@ def open_adapter(name: str, base: Base) -> Adapter:
                     faults.append(f"{weight.key} is {array.shape}, should be {weight.shape}")
                 dtypes.append(array.dtype)
                 items[weight.path] = array.astype(np.float32)
+            if shape.vocabulary is not None and _VOCABULARY in names:
+                names.remove(_VOCABULARY)
+                items["vocabulary",] = ids = tensors.get_tensor(_VOCABULARY)
+                if not _is_vocabulary(ids, shape.vocabulary, base.g.V):
+                    faults.append(f"{_VOCABULARY} should be {shape.vocabulary} ascending token ids below {base.g.V}")
+            elif shape.vocabulary is not None:
+                faults.append(f"{_VOCABULARY} is missing")
             faults += [f"{name} is not expected" for name in sorted(names)]
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / TENSORS}: damaged or truncated ({error}).") from error
     if faults:
         raise UserError(f"{folder / TENSORS}: does not fit {CONFIG} and the base model: {'; '.join(faults)}.")
     return Adapter(folder, shape, unflatten_dict(items), config, dtypes[0])
+
+
+def _is_vocabulary(ids: np.ndarray, count: int, V: int) -> bool:
+    if ids.dtype != np.int32 or ids.shape != (count,):
+        return False
+    return bool(ids[0] >= 0 and ids[-1] < V and np.all(np.diff(ids) > 0))

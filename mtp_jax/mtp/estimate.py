@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from mtp_jax.model.attention import Blocks, RealRows
-from mtp_jax.model.decoder import Decoder
+from mtp_jax.model.decoder import Decoder, head
 from mtp_jax.model.weights import Params
 from mtp_jax.mtp.adapter import AdapterShape, with_adapter
 from mtp_jax.mtp.sampler import corrected_latent
@@ -26,7 +26,10 @@ class Continuations(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimator:
-    """Accepted prefix of the sampler chain, fed its own drafts, at every position of fixed continuations."""
+    """Accepted prefix of the sampler chain, fed its own drafts, at every position of fixed continuations.
+
+    What is frozen is that of `MultiTokenLoss`.
+    """
 
     model: Decoder
     shape: AdapterShape
@@ -45,7 +48,10 @@ class Estimator:
         adapted = not self.shape.gated
         _, kept = self.model.apply(variables, of.tokens, positions, segments, adapted=adapted, keep=True)
         blocks = Blocks(positions, positions, segments)
-        masks = trained["mtp"]["masks"]
+        masks, ids = trained["mtp"]["masks"], None if self.shape.vocabulary is None else frozen["vocabulary"]
+        table = self.model.apply(variables, method="unembedding")
+        if ids is not None:
+            table = table[ids]
         z = self.model.apply(variables, masks, blocks, RealRows(positions, segments), kept, method="masks")
         # The token after row i is known; draft j is to be token i+1+j.
         ahead = jnp.minimum(positions[..., None] + 1 + jnp.arange(M + 1), S - 1)
@@ -61,7 +67,9 @@ class Estimator:
                 if sampler is not None:
                     embedding = self.model.apply(variables, previous, method="embeddings")
                     latent = corrected_latent(sampler, self.shape.sampler, embedding, latent)
-                previous = jnp.argmax(self.model.apply(variables, latent, method="logits"))
+                previous = jnp.argmax(head(latent, table))
+                if ids is not None:
+                    previous = ids[previous]
                 drafts.append(previous)
             right = (jnp.stack(drafts) == following[1:]) & exists[1:]
             return jnp.sum(jnp.cumprod(right))

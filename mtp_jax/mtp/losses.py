@@ -16,7 +16,7 @@ from mtp_jax.mtp.accumulation import accumulated
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table, with_adapter
 from mtp_jax.mtp.blocks import Targets, blocks_of, targets_of
 from mtp_jax.mtp.sampler import corrected_latent
-from mtp_jax.mtp.vocabulary import cross_entropy, divergence, over_vocabulary, rows_at_a_time
+from mtp_jax.mtp.vocabulary import cross_entropy, divergence, index_in, over_vocabulary, rows_at_a_time
 from mtp_jax.sharding import place
 
 _LONG_BLOCK = 4  # masks of a block that grows from 2, a shorter one from 1
@@ -45,13 +45,17 @@ class Context(NamedTuple):
     keys: RealRows
     kept: LayerCache | None  # keys and values, stacked by layer
     latents: Float[Array, "B T D"]
-    choice: Int[Array, "B T"]  # the base model's, of the next token
-    table: Float[Array, "V D"]  # of the base head, whole
+    choice: Int[Array, "B T"]  # the base model's, of the next token, as a row of `table`; -1 where it has none
+    table: Float[Array, "U D"]  # of the base head over all tokens, or over the draft vocabulary
+    vocabulary: Int[Array, " U"] | None  # None for all tokens
 
 
 @dataclass(frozen=True)
 class MultiTokenLoss:
-    """The two-stream forward and every loss term of a batch."""
+    """The two-stream forward and every loss term of a batch.
+
+    What is frozen are the base's `params` and the ascending ids of a draft vocabulary, `vocabulary`, if there is one.
+    """
 
     model: Decoder
     shape: AdapterShape
@@ -103,8 +107,11 @@ class MultiTokenLoss:
 
         rows = (z_real, batch["tokens"], batch["labels"], batch["supervised"])
         sums, choice = over_chunks(over_rows, rows, rows_at_a_time(self.loss_chunk, len(z_real)))
+        ids = None if self.shape.vocabulary is None else frozen["vocabulary"]
+        if ids is not None:
+            choice, table = index_in(ids, choice), place(table[ids], "vocab", None)
         # Targets taken from the base model are constants, also where standard LoRA moves the real rows.
-        return Context(RealRows(*fields[1:]), kept, jax.lax.stop_gradient(z_real), choice, table), sums
+        return Context(RealRows(*fields[1:]), kept, jax.lax.stop_gradient(z_real), choice, table, ids), sums
 
     def latents(self, trained: Params, frozen: Params, context: Context, blocks: Blocks) -> Float[Array, "B G M D"]:
         """Latents of mask rows."""
@@ -125,7 +132,9 @@ class MultiTokenLoss:
         """The terms summed over the mask rows of blocks."""
         sampler, t = trained["mtp"].get("sampler"), self.terms
         z = self.latents(trained, frozen, context, blocks)
-        choice, table = context.choice, context.table
+        choice, table, ids = context.choice, context.table, context.vocabulary
+        if ids is not None:
+            targets = targets._replace(label=index_in(ids, targets.label))
 
         def over_blocks(rows: tuple[Array, Targets]) -> Sums:
             latents, of = rows
@@ -140,6 +149,8 @@ class MultiTokenLoss:
                 loss, acceptance = self._row_loss(scores, of, chosen, base, step)
                 # The draft is the base model's choice where nothing scores higher: cheaper than an argmax on CPU.
                 right = jnp.take_along_axis(scores, chosen[..., None], axis=-1)[..., 0] >= jnp.max(scores, axis=-1)
+                if ids is not None:
+                    right &= chosen >= 0
                 return loss, (acceptance, right)
 
             def term(latents: Array) -> tuple[Array, Array]:
@@ -254,8 +265,12 @@ class MultiTokenLoss:
     ) -> tuple[Float[Array, "B c M"], Float[Array, "B c M"]]:
         """Loss of each mask row, and how likely its draft would be accepted."""
         if base is None:
-            loss = cross_entropy(scores, of.label if self.terms.target == "data" else chosen)
-            return loss, jnp.exp(-loss)
+            label = of.label if self.terms.target == "data" else chosen
+            loss = cross_entropy(scores, label)
+            if self.shape.vocabulary is None:
+                return loss, jnp.exp(-loss)
+            # A label that is never drafted teaches nothing, and its draft is never accepted.
+            return jnp.where(label < 0, 0.0, loss), jnp.where(label < 0, 0.0, jnp.exp(-loss))
         loss = divergence(self.terms.target, base, scores)
         accepted = 1 - (loss if self.terms.target == "total_variation" else divergence("total_variation", base, scores))
         if self.terms.target == "total_variation" and self.terms.kl_warmup_steps:

@@ -33,6 +33,12 @@ def cross_entropy_sums(
     return {"loss": loss, "accuracy": jnp.sum(right & counted).astype(jnp.float32)}
 
 
+def index_in(ids: Int[Array, " U"], tokens: Int[Array, "..."]) -> Int[Array, "..."]:
+    """Where each token stands in ascending ids, -1 where it does not."""
+    at = jnp.minimum(jnp.searchsorted(ids, tokens), len(ids) - 1)
+    return jnp.where(ids[at] == tokens, at, -1)
+
+
 def divergence(kind: str, target: Float[Array, "... V"], logits: Float[Array, "... V"]) -> Float[Array, "..."]:
     """Distance of each row from a target distribution: "base_soft" KL(p || q) in nats, "total_variation" |p - q| / 2.
 

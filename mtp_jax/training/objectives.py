@@ -77,9 +77,9 @@ def make_decoder(
 def adapter_shape(config: Config) -> AdapterShape:
     """What a config's adapter consists of."""
     assert config.lora is not None and config.mtp is not None
-    lora = config.lora
+    lora, mtp = config.lora, config.mtp
     alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
-    return AdapterShape(config.mtp.masks, lora.rank, alpha, tuple(lora.targets), config.mtp.sampler, lora.gated)
+    return AdapterShape(mtp.masks, lora.rank, alpha, tuple(lora.targets), mtp.sampler, lora.gated, mtp.vocabulary)
 
 
 def anchor_chunk(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> int | None:

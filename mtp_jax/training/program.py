@@ -3,6 +3,7 @@
 `mtp_jax.training.run` executes it; `mtp_jax.preflight` compiles it, also for devices that are not here.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ class Program(NamedTuple):
     table: tuple[Weight, ...]  # every trained array: gradient, optimizer state and checkpoint exist for these alone
     anchors: Anchors | None  # blocks of masks in a batch; None where the objective is the next token
     state: TrainState
-    frozen: Params | None  # the base that the adapter is trained beside
+    frozen: Params | None  # the base that the adapter is trained beside, and its draft vocabulary
     batch: dict[str, Any]
     tx: Any
     step: Any  # jitted: (state, frozen, batch) -> (state, metrics), the state donated
@@ -59,6 +60,9 @@ def build_program(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> Progr
         # Frozen weights are held in the dtype they are computed in: nothing is added to them that would need more.
         frozen = {"params": abstract_params(g, jnp.dtype(config.model.compute_dtype))}
         frozen = abstract(frozen, {"params": sharding.table_sharding(mesh, weight_table(g))})
+        if objective.shape.vocabulary is not None:
+            ids = jax.ShapeDtypeStruct((objective.shape.vocabulary,), jnp.int32, sharding=sharding.replicated(mesh))
+            frozen |= {"vocabulary": ids}
     tx = make_optimizer(config.train, unflatten_dict({weight.path: weight.decays for weight in table}))
     weights, trained = sharding.table_sharding(mesh, table), shapes_of(table)
     everywhere: Any = sharding.replicated(mesh)
@@ -95,6 +99,16 @@ def check_length(config: Config, g: Geometry) -> None:
         raise UserError(
             f"train.sequence_length={config.train.sequence_length} is longer than the model's context of "
             f"{g.max_positions}."
+        )
+
+
+def check_vocabulary(config: Config, V: int, stops: Sequence[int] = ()) -> None:
+    """Raise UserError where the draft vocabulary is larger than the model's, or too small for the stop ids."""
+    wanted, least = None if config.mtp is None else config.mtp.vocabulary, len(set(stops))
+    if wanted is not None and not least <= wanted <= V:
+        raise UserError(
+            f"mtp.vocabulary={wanted} should be at most {V}, the model's tokens, and at least {max(least, 1)}, to hold "
+            "its stop ids; null drafts any token."
         )
 
 

@@ -21,6 +21,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.files import read_json
 from mtp_jax.model.base import Base
 from mtp_jax.model.decoder import Decoder
+from mtp_jax.model.weights import Params
 from mtp_jax.mtp.adapter import adapter_table
 from mtp_jax.mtp.adapter_folder import Adapter
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
@@ -106,9 +107,11 @@ def adapter_figures(
     with sharding.on(mesh):
         decoder = make_decoder(base.g, dtype, of.length, mesh)
         objective = MultiTokenLoss(decoder, adapter.shape, LossTerms(), _LOSS_CHUNK)
-        frozen = {"params": base.load(dtype, partial(sharding.weight_sharding, mesh))}
+        frozen: Params = {"params": base.load(dtype, partial(sharding.weight_sharding, mesh))}
+        if adapter.shape.vocabulary is not None:
+            frozen["vocabulary"] = sharding.put(adapter.arrays["vocabulary"], sharding.replicated(mesh))
         placed = sharding.table_sharding(mesh, adapter_table(base.g, adapter.shape))
-        trained = jax.tree.map(sharding.put, adapter.arrays, placed)
+        trained = jax.tree.map(sharding.put, {name: adapter.arrays[name] for name in placed}, placed)
         wanted = Evaluation(prompts=prompts)
         place, step = lambda batch: jax.device_put(dict(batch)), 1
         evaluate = AdapterEvaluation(base, frozen, objective, mesh, place, wanted, held.documents, step)

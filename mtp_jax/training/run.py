@@ -28,7 +28,7 @@ from mtp_jax.runs.progress import ProgressBar
 from mtp_jax.runs.records import Best, Journal, Trackers, check_trackers
 from mtp_jax.training.program import build_program, check_divides
 from mtp_jax.training.recorder import Recorder
-from mtp_jax.training.start import starting_adapter, starting_base, with_tokenizer
+from mtp_jax.training.start import draft_vocabulary, starting_adapter, starting_base, with_tokenizer
 from mtp_jax.training.step import TrainState
 from mtp_jax.training.tasks import make_task
 
@@ -73,8 +73,9 @@ def train(config: Config) -> str:
         # ---- program, and batches for it
         base = with_tokenizer(base, config, training, run)
         program = build_program(config, base.g, mesh)
-        task = make_task(config, base, adapter, program, held_out)
         weights = [1.0] if config.data.continuations else [source.weight for source in config.data.sources]
+        vocabulary = draft_vocabulary(config, base, adapter, training, weights, run)
+        task = make_task(config, base, adapter, vocabulary, program, held_out)
         batches, documents = training_batches(
             *(training, weights, base.tokenizer, batch_size, length, config.seed, program.anchors),
             too_long=config.data.too_long,
@@ -114,7 +115,7 @@ def train(config: Config) -> str:
                 progress.say(f"resuming {run.name()} from step {start}")
             for line in supervision:
                 progress.say(line)
-            frozen = parameter_count(task.frozen or {})
+            frozen = 0 if task.frozen is None else parameter_count(task.frozen["params"])
             progress.say(f"training {parameter_count(state.trained):,} parameters, {frozen:,} frozen")
             mask_rows = timing.at(start, "mask_rows") if start else 0
             record = Recorder(config, metrics, timing, trackers, progress, documents, mask_rows)

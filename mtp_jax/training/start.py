@@ -1,19 +1,24 @@
-"""What a run starts from: a base model's folder, or a new model and its tokenizer; and perhaps an adapter."""
+"""What a run starts from: a base model or a new one with its tokenizer; perhaps an adapter; which tokens it drafts."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
+from jaxtyping import Int
 
 from mtp_jax.config import Config, TokenizerRecipe
 from mtp_jax.data.datasets import SourceDocuments
+from mtp_jax.data.frequency import frequent_tokens
 from mtp_jax.data.sources import texts_of
 from mtp_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from mtp_jax.encoding import load_tokenizer
 from mtp_jax.errors import UserError
+from mtp_jax.files import read_json, write_whole
 from mtp_jax.model.base import Base, open_base
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, Weight, init_params, weight_table
@@ -22,7 +27,7 @@ from mtp_jax.runs import processes
 from mtp_jax.runs.folder import RunFolder
 from mtp_jax.storage import local
 from mtp_jax.training.objectives import adapter_shape
-from mtp_jax.training.program import check_length
+from mtp_jax.training.program import check_length, check_vocabulary
 
 _TOKENIZER = "tokenizer_config.json"
 
@@ -66,6 +71,8 @@ def starting_base(config: Config) -> Base | NewBase:
             )
         base = NewBase(g, scratch.config, config.seed, tokenizer)
     check_length(config, base.g)
+    if isinstance(base, Base):
+        check_vocabulary(config, base.g.V, base.stops)
     return base
 
 
@@ -102,11 +109,42 @@ def starting_adapter(config: Config, base: Base | NewBase) -> Adapter | None:
     found, faults = adapter.shape, []
     if wanted.masks > found.masks:
         faults.append(f"mtp.masks={wanted.masks} is more than the {found.masks} that model.adapter has.")
-    for name in ("rank", "alpha", "targets", "sampler", "gated"):
+    for name in ("rank", "alpha", "targets", "sampler", "gated", "vocabulary"):
         here, there = getattr(wanted, name), getattr(found, name)
         if here != there and not (name == "targets" and set(here) == set(there)):
-            key = f"{'mtp' if name == 'sampler' else 'lora'}.{name}"
+            key = f"{'mtp' if name in ('sampler', 'vocabulary') else 'lora'}.{name}"
             faults.append(f"{key}={here!r} differs from {there!r}, which model.adapter was trained with.")
     if faults:
         raise UserError(*faults)
     return adapter
+
+
+def draft_vocabulary(
+    config: Config,
+    base: Base | NewBase,
+    adapter: Adapter | None,
+    training: list[SourceDocuments],
+    weights: list[float],
+    run: RunFolder,
+) -> Int[np.ndarray, " U"] | None:
+    """The token ids that are drafted, ascending: those of `model.adapter`, or the most frequent ones; None for all.
+
+    They are counted once per run and kept in its folder, so that a resumed run has them whatever became of the data.
+    """
+    wanted = None if config.mtp is None else config.mtp.vocabulary
+    if wanted is None:
+        return None
+    if adapter is not None:
+        return adapter.arrays["vocabulary"]
+    assert isinstance(base, Base)
+    opened, file = base, run.path / "vocabulary.json"
+
+    def count_once() -> list[int]:
+        run.pull(file)
+        if not file.is_file():
+            ids = frequent_tokens(training, weights, opened.tokenizer, wanted, opened.g.V, opened.stops)
+            write_whole(file, json.dumps({"ids": ids.tolist()}).encode())
+            run.push(file)
+        return read_json(file)["ids"]
+
+    return np.asarray(processes.from_first(count_once), np.int32)

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtp_jax.config import Config
 from mtp_jax.data.batches import Batch
@@ -53,18 +54,24 @@ class Task(Protocol):
 
 
 def make_task(
-    config: Config, base: Base | NewBase, adapter: Adapter | None, program: Program, held_out: Sequence[Document]
+    config: Config,
+    base: Base | NewBase,
+    adapter: Adapter | None,
+    vocabulary: np.ndarray | None,
+    program: Program,
+    held_out: Sequence[Document],
 ) -> Task:
     """The task of a config's objective; a frozen base is loaded.
 
     Args:
         adapter: what multi_token starts from in place of a fresh adapter.
+        vocabulary: the draft vocabulary, for multi_token; None for all tokens.
         held_out: documents to estimate tokens per step on, for multi_token.
     """
     if config.objective == "next_token":
         return NextTokenTask(config, base, program)
     assert isinstance(base, Base)
-    return MultiTokenTask(config, base, adapter, program, held_out)
+    return MultiTokenTask(config, base, adapter, vocabulary, program, held_out)
 
 
 class NextTokenTask:
@@ -102,13 +109,21 @@ class MultiTokenTask:
     last = CONFIG
 
     def __init__(
-        self, config: Config, base: Base, adapter: Adapter | None, program: Program, held_out: Sequence[Document]
+        self,
+        config: Config,
+        base: Base,
+        adapter: Adapter | None,
+        vocabulary: np.ndarray | None,
+        program: Program,
+        held_out: Sequence[Document],
     ):
         assert isinstance(program.objective, MultiTokenLoss)
-        self.config, self.base, self.adapter, self.program = config, base, adapter, program
+        self.config, self.base, self.adapter, self.vocabulary, self.program = config, base, adapter, vocabulary, program
         self.objective, mesh = program.objective, program.mesh
         dtype = jnp.dtype(config.model.compute_dtype)
-        self.frozen = {"params": base.load(dtype, partial(weight_sharding, mesh))}
+        self.frozen: Params = {"params": base.load(dtype, partial(weight_sharding, mesh))}
+        if vocabulary is not None:
+            self.frozen["vocabulary"] = put(vocabulary, replicated(mesh))
         documents = [] if config.evaluation.every is None else held_out
         step = config.train.steps  # past any warm-up and growth
         self.evaluation = AdapterEvaluation(
@@ -121,7 +136,7 @@ class MultiTokenTask:
         if self.adapter is not None:
             mtp = self.adapter.arrays["mtp"]
             mtp = mtp | {"masks": mtp["masks"][: shape.masks]}
-            return jax.tree.map(put, self.adapter.arrays | {"mtp": mtp}, placed)
+            return jax.tree.map(put, {"lora": self.adapter.arrays["lora"], "mtp": mtp}, placed)
         draw = jax.jit(lambda table, key: init_adapter(self.base.g, shape, table, key), out_shardings=placed)
         return draw(self.frozen["params"]["embed"]["embedding"], jax.random.key(self.config.seed))
 
@@ -140,9 +155,10 @@ class MultiTokenTask:
             "mask_rows": mask_rows,
             "target": self.objective.terms.target,
             "trained_parameters": parameter_count(trained),
-            "base_parameters": parameter_count(self.frozen),
+            "base_parameters": parameter_count(self.frozen["params"]),
             "held_out": figures,
         }
         dtype = jnp.dtype(self.config.model.save_dtype)
-        write_adapter(out, self.base.g, self.objective.shape, trained, base, summary, dtype)
+        whole = trained if self.vocabulary is None else trained | {"vocabulary": self.vocabulary}
+        write_adapter(out, self.base.g, self.objective.shape, whole, base, summary, dtype)
         return out

@@ -96,11 +96,13 @@ def layer_norm(x, p):
     return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
 
 
-def losses(adapter, params, g, shape, terms, batch):
-    """Every loss term and the total, by the definitions of the method, plus all latents."""
+def losses(adapter, params, g, shape, terms, batch, vocabulary=None):
+    """Every loss term and the total, by the definitions of the method, plus all latents; `vocabulary` is drafted."""
     E = params["embed"]["embedding"]
     table = E if g.tied else params["unembed"]["embedding"]
-    parts = [sequence_losses(adapter, params, g, shape, terms, batch, b, E, table) for b in range(len(batch["tokens"]))]
+    ids = np.arange(len(table)) if vocabulary is None else np.asarray(vocabulary)
+    rest = (params, g, shape, terms, batch)
+    parts = [sequence_losses(adapter, *rest, b, E, table, ids) for b in range(len(batch["tokens"]))]
 
     def mean(*names):  # over rows of all sequences: summed losses over summed counts
         found = [part[name] for part in parts for name in names if name in part]
@@ -118,7 +120,7 @@ def losses(adapter, params, g, shape, terms, batch):
     return total, (out, [part["latents"] for part in parts])
 
 
-def sequence_losses(adapter, params, g, shape, terms, batch, b, E, table):
+def sequence_losses(adapter, params, g, shape, terms, batch, b, E, table, ids):
     z = forward(params, adapter, g, shape, batch, b)
     tokens, labels = np.asarray(batch["tokens"][b]), np.asarray(batch["labels"][b])
     supervised, segments = np.asarray(batch["supervised"][b]), np.asarray(batch["segments"][b])
@@ -154,12 +156,12 @@ def sequence_losses(adapter, params, g, shape, terms, batch, b, E, table):
         heads["sampler"] = sampler_latents(adapter, shape, E[tokens[at]], z[row])
     target = jax.lax.stop_gradient(z[at] @ table.T)
     for name, latents in heads.items():
-        p, q = jax.nn.softmax(target), jax.nn.softmax(latents @ table.T)
+        p, q = jax.nn.softmax(target[:, ids]), jax.nn.softmax(latents @ table[ids].T)
         tv = jnp.abs(p - q).sum(-1) / 2
-        if terms.target == "data":
-            loss = nll(latents, labels[at])
-        elif terms.target == "base_hard":
-            loss = nll(latents, jnp.argmax(target, -1))
+        if terms.target in ("data", "base_hard"):
+            label = labels[at] if terms.target == "data" else jnp.argmax(target, -1)
+            chance = jnp.sum(q * (label[:, None] == ids), -1)  # 0 of a label that is never drafted
+            loss = -jnp.log(jnp.where(chance > 0, chance, 1.0))
         else:
             loss = tv if terms.target == "total_variation" else jnp.sum(p * (jnp.log(p) - jnp.log(q)), -1)
         count = np.ones(len(masks))
@@ -167,7 +169,7 @@ def sequence_losses(adapter, params, g, shape, terms, batch, b, E, table):
         if terms.offset_weights == "decay":
             count = weight = np.array([terms.decay ** (j - 1) for _, _, j, _ in masks])
         elif terms.offset_weights == "expected_length":
-            accepted = jnp.exp(-loss) if terms.target in ("data", "base_hard") else 1 - tv
+            accepted = chance if terms.target in ("data", "base_hard") else 1 - tv
             for i, (_, anchor, j, _) in enumerate(masks):
                 if j > 1:  # the chain reaches offset j if every draft before it is accepted
                     before = next(k for k, m in enumerate(masks) if m[1:3] == (anchor, j - 1))

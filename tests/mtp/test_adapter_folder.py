@@ -1,6 +1,7 @@
 """Adapter folders come back bit for bit, and only to the base they belong to."""
 
 import json
+from dataclasses import replace
 
 import jax
 import ml_dtypes
@@ -62,6 +63,52 @@ def test_round_trip_is_bit_exact(written):
 def test_only_lora_and_mtp_are_in_it(written):
     names = set(load_file(written[1] / TENSORS))
     assert all(name.startswith(("lora.layers.q.", "lora.layers.down.", "mtp.")) for name in names)
+
+
+@pytest.fixture
+def drafting_few(written):
+    """An adapter folder with a draft vocabulary, its base and its ids."""
+    base, out, adapter = written
+    ids = np.array([0, 3, 4, G.V - 1], np.int32)
+    shape, pointer = replace(SHAPE, vocabulary=4), {"name": "b", "fingerprint": open_base(str(base)).fingerprint}
+    write_adapter(out, G, shape, adapter | {"vocabulary": ids}, pointer, {}, BF16)
+    return base, out, ids
+
+
+def test_a_draft_vocabulary_comes_back(drafting_few):
+    base, out, ids = drafting_few
+    opened = open_adapter(str(out), open_base(str(base)))
+    assert opened.shape == replace(SHAPE, vocabulary=4) and opened.dtype == BF16
+    assert opened.arrays["vocabulary"].dtype == np.int32 and np.array_equal(opened.arrays["vocabulary"], ids)
+    stored = load_file(out / TENSORS)
+    assert np.array_equal(stored["mtp.vocabulary"], ids) and stored["mtp.vocabulary"].dtype == np.int32
+    assert json.loads((out / CONFIG).read_text())["vocabulary"] == 4
+
+
+@pytest.mark.parametrize(
+    "ids", [[0, 3, 4], [0, 4, 3, 5], [0, 3, 3, 4], [-1, 0, 1, 2], [0, 1, 2, G.V], [[0, 1, 2, 3]], [0.0, 1.0, 2.0, 3.0]]
+)
+def test_what_is_no_draft_vocabulary_is_refused(drafting_few, ids):
+    base, out, _ = drafting_few
+    kind = np.float32 if isinstance(ids[0], float) else np.int32
+    save_file(load_file(out / TENSORS) | {"mtp.vocabulary": np.array(ids, kind)}, out / TENSORS)
+    with pytest.raises(UserError, match=f"mtp.vocabulary should be 4 ascending token ids below {G.V}"):
+        open_adapter(str(out), open_base(str(base)))
+
+
+def test_a_draft_vocabulary_is_there_where_the_config_says_so(drafting_few):
+    base, out, _ = drafting_few
+    config, opened = json.loads((out / CONFIG).read_text()), open_base(str(base))
+    (out / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if k != "vocabulary"}))
+    with pytest.raises(UserError, match=r"mtp\.vocabulary is not expected"):
+        open_adapter(str(out), opened)
+    (out / CONFIG).write_text(json.dumps(config | {"vocabulary": 0}))
+    with pytest.raises(UserError, match="vocabulary 0 should be at least 1"):
+        open_adapter(str(out), opened)
+    (out / CONFIG).write_text(json.dumps(config))
+    save_file({k: v for k, v in load_file(out / TENSORS).items() if k != "mtp.vocabulary"}, out / TENSORS)
+    with pytest.raises(UserError, match=r"mtp\.vocabulary is missing"):
+        open_adapter(str(out), opened)
 
 
 def test_another_base_is_refused_by_name(written, tmp_path):

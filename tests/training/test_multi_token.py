@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from mtp_jax.config_file import validate
 from mtp_jax.data.batches import Anchors, training_batches
+from mtp_jax.data.frequency import frequent_tokens
 from mtp_jax.data.sources import read_sources
 from mtp_jax.errors import UserError
 from mtp_jax.model import base as model_base
@@ -27,6 +28,7 @@ from mtp_jax.mtp import adapter_folder
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
 from mtp_jax.mtp.adapter_folder import open_adapter
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
+from mtp_jax.training import start as start_of_runs
 from mtp_jax.training.run import _check_trainable, train
 
 M = 3
@@ -149,6 +151,38 @@ def test_a_killed_run_ends_like_an_undisturbed_one(adapter_tree, trained, write_
     assert (folder / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
     a, b = (load_file(run / "adapter" / "adapter.safetensors") for run in (folder, undisturbed))
     assert all(np.array_equal(a[key], b[key]) for key in a) and a.keys() == b.keys()
+
+
+def test_a_run_keeps_the_draft_vocabulary_that_it_began_with(adapter_tree, base, monkeypatch):
+    adapter_tree["mtp"]["vocabulary"] = 40
+    config = validate(adapter_tree, "tree")
+    out, opened = Path(train(config)), open_base(str(base))
+    found = open_adapter(str(out), opened)
+    ids = frequent_tokens(read_sources(config.data)[0], [1.0], opened.tokenizer, 40, opened.g.V, opened.stops)
+    assert found.shape.vocabulary == 40 and np.array_equal(found.arrays["vocabulary"], ids)
+    trained, summary = {key: found.arrays[key] for key in ("lora", "mtp")}, found.config["training"]
+    assert summary["trained_parameters"] == sum(leaf.size for leaf in jax.tree.leaves(trained))
+    saved = StandardCheckpointer().restore((out.parent / "checkpoints" / "12" / "state").absolute())
+    assert saved["trained"].keys() == {"lora", "mtp"} and "vocabulary" not in saved["trained"]["mtp"]
+    # Resumed from step 9, whatever would be counted now.
+    before, files = (out.parent / "metrics.jsonl").read_bytes(), load_file(out / "adapter.safetensors")
+    shutil.rmtree(out.parent / "checkpoints" / "12")
+    monkeypatch.setattr(start_of_runs, "frequent_tokens", lambda *_: np.arange(40, dtype=np.int32))
+    train(config)
+    assert (out.parent / "metrics.jsonl").read_bytes() == before
+    again = load_file(out / "adapter.safetensors")
+    assert all(np.array_equal(again[key], files[key]) for key in files) and again.keys() == files.keys()
+    # And an adapter that is trained on keeps its own.
+    adapter_tree["output_dir"] += "-more"
+    adapter_tree["model"]["adapter"] = str(out)
+    adapter_tree["train"] |= {"steps": 1, "warmup_steps": 0}
+    adapter_tree["evaluation"] = {}
+    more = Path(train(validate(adapter_tree, "tree")))
+    assert np.array_equal(load_file(more / "adapter.safetensors")["mtp.vocabulary"], ids)
+    for other in (None, 41):
+        adapter_tree["mtp"]["vocabulary"] = other
+        with pytest.raises(UserError, match=rf"mtp\.vocabulary={other} differs from 40, which model\.adapter"):
+            train(validate(adapter_tree, "tree"))
 
 
 @pytest.mark.parametrize("ratio", [0.5, 64.0])
@@ -304,6 +338,7 @@ def test_each_part_matters(lesson):
         (["mtp.samplers=paper"], "did you mean 'sampler'"),
         (["objective=next_token"], "belongs to objective: multi_token"),
         (["model.adapter=nowhere/at/all"], "no such folder"),
+        (["mtp.vocabulary=301"], "mtp.vocabulary=301 should be at most 300, the model's tokens, and at least 1"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line(adapter_tree, write_config, command, changes, message):
