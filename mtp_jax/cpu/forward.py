@@ -24,19 +24,27 @@ class CpuForward:
     build: str
 
     def prepare(self, params: Params, adapter: Params | None) -> Variables:
-        """`layers`, `norm`, the tables `embed` and `unembed`, the base head in panels, and with an adapter `mtp`."""
+        """`layers`, `norm`, the tables `embed` and `unembed`, the base head in panels, and of an adapter `mtp`.
+
+        Of an adapter with a draft vocabulary also its ids and, in panels too, the part of the base head that it needs.
+        """
         g = self.model.g
         lora = None if adapter is None or self.shape is None else with_adapter({}, adapter, self.shape)["lora"]
         head = params["embed" if g.tied else "unembed"]["embedding"]
         embed = _gathered(params["embed"]["embedding"])
-        variables = {
+        variables: Variables = {
             "layers": [self._layer(params.pop(f"layer_{i}"), lora, i) for i in range(g.L)],
             "norm": params["norm"]["scale"],
             "embed": embed,
             "unembed": embed if g.tied else _gathered(head),
             "head": pack(head.T),  # a copy: drafting reads whole rows of the tables
         }
-        return variables if adapter is None else variables | {"mtp": drafting_weights(adapter["mtp"], self.model.dtype)}
+        if adapter is None:
+            return variables
+        if "vocabulary" in adapter:
+            ids = variables["vocabulary"] = jnp.asarray(adapter["vocabulary"])
+            variables["draft_head"] = pack(head[ids].T)
+        return variables | {"mtp": drafting_weights(adapter["mtp"], self.model.dtype)}
 
     def _layer(self, params: Params, lora: Params | None, layer: int) -> PanelLayer:
         norms = ("attention_norm", "mlp_norm", *(("q_norm", "k_norm") if self.model.g.qk_norm else ()))
@@ -72,6 +80,10 @@ class CpuForward:
     def logits(self, variables: Variables, latents: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """The base head."""
         return times(latents, variables["head"])
+
+    def draft_logits(self, variables: Variables, latents: Float[Array, "... D"]) -> Float[Array, "... U"]:
+        """The base head over the draft vocabulary."""
+        return times(latents, variables["draft_head" if "draft_head" in variables else "head"])
 
     def embedded(self, variables: Variables, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Rows of the table of embeddings."""

@@ -136,7 +136,8 @@ def choose_plan(
     def rate(plan: BlockPlan, step: float) -> float:
         return expected_tokens(plan, survives) / step
 
-    head = _one_head_is_faster(lambda one_head: cost(run(quadratic(1), one_head)))
+    choosable = generator.shape.vocabulary is None  # with a draft vocabulary one product is no choice
+    head = choosable and _one_head_is_faster(lambda one_head: cost(run(quadratic(1), one_head)))
     measure([quadratic(1)])
     for d in (d for d in _DRAFTS[1:] if d <= generator.shape.masks):
         measure([quadratic(d)])
@@ -153,7 +154,7 @@ def choose_plan(
     leaders = sorted(seconds, key=lambda plan: -expected[str(plan)])[:2]
     measure(list(dict.fromkeys([*ranked, *leaders])), _FINAL_ROUNDS)
     chosen = max(seconds, key=lambda plan: expected[str(plan)])
-    if chosen.mask_rows:
+    if chosen.mask_rows and choosable:
         head = _one_head_is_faster(lambda one_head: cost(run(chosen, one_head)))
     if kept is not None:
         part = kept.with_suffix(".part")

@@ -15,7 +15,7 @@ def choose_drafts(
     forward: Forward,
     variables: Variables,
     latents: Float[Array, "B M D"],
-    scores: Float[Array, "B M V"] | None,
+    scores: Float[Array, "B M U"] | None,
     first: Int[Array, " B"],
     shortlist: int | None,
     sampling: tuple[SamplingKind, Tempering, Key[Array, " B"]] | None,
@@ -23,23 +23,28 @@ def choose_drafts(
 ) -> tuple[Int[Array, "B M"], Proposal | None]:
     """The drafts of a block behind the token `first`, and what they were drawn from where drafts are sampled.
 
-    Without a sampler head drafts are those of the base head (docs/how-it-works.md, sections 5 and 7.4).
+    Without a sampler head drafts are those of the base head, and with a draft vocabulary they are of its U tokens
+    (docs/how-it-works.md, sections 5, 7.4 and 7.5).
 
     Args:
-        scores: the base head's logits of the block, where they are there already.
+        scores: the base head's logits of the block over the U tokens, all where U = V, where they are there already.
         shortlist: how many candidates of each mask row the sampler may choose from; None for all.
         process: changes logits that stand behind `first` and j drafts, as those of real rows are changed.
     """
     B, M, _ = latents.shape
-    V, sampler = forward.model.g.V, variables["mtp"].get("sampler")
+    V, sampler, vocabulary = forward.model.g.V, variables["mtp"].get("sampler"), variables.get("vocabulary")
     form = "none" if forward.shape is None else forward.shape.sampler
-    short = sampler is not None and shortlist is not None and shortlist < V
+    U = V if vocabulary is None else len(vocabulary)
+    short = sampler is not None and shortlist is not None and shortlist < U
     if scores is None and (sampler is None or short):
-        scores = forward.logits(variables, latents)
-    ids = vectors = read = None
+        scores = forward.draft_logits(variables, latents)
+    vectors = read = None
+    # The tokens that each mask row chooses from, [B, M, C]; None for all.
+    ids = None if vocabulary is None else jnp.broadcast_to(vocabulary, (B, M, U))
     if short:
         assert scores is not None and shortlist is not None
         ids = forward.candidates(scores, shortlist)
+        ids = ids if vocabulary is None else vocabulary[ids]
         vectors = forward.unembedded(variables, ids).astype(latents.dtype)
     if sampler is not None:
         read = read_latent(sampler, latents)
@@ -55,7 +60,7 @@ def choose_drafts(
             embedding = forward.embedded(variables, previous)
             latent = corrected_latent(sampler, form, embedding, latents[:, j], read[:, j])
             if vectors is None:
-                logits = forward.logits(variables, latent)
+                logits = forward.draft_logits(variables, latent)
             else:
                 logits = jnp.einsum("bd,bcd->bc", latent, vectors[:, j], preferred_element_type=jnp.float32)
         if process is not None:
@@ -66,8 +71,8 @@ def choose_drafts(
         if drawn:
             assert sampling is not None
             kind, how, keys = sampling
-            q = distribution(logits, how, kind.truncated)
-            chosen = draw(q, jax.vmap(jax.random.fold_in, (0, None))(keys, j), None if ids is None else ids[:, j])
+            q, fresh = distribution(logits, how, kind.truncated), jax.vmap(jax.random.fold_in, (0, None))(keys, j)
+            chosen = draw(q, fresh, None if ids is None or not short else ids[:, j])
             proposed.append(q)
         else:
             chosen = likeliest(logits)

@@ -12,15 +12,16 @@ from jax.scipy.linalg import block_diag
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mtp_jax.model.decoder import Cache, Decoder, MaskRows
+from mtp_jax.model.decoder import Cache, Decoder, MaskRows, head
 from mtp_jax.model.weights import Params
 from mtp_jax.mtp.adapter import AdapterShape, with_adapter
 from mtp_jax.mtp.sampler import parted
 
 # Groups of projections that read one input: side by side they are fewer and larger products (`Layer.step`).
 GROUPS = {"attention_in": ("q", "k", "v"), "attention_out": ("o",), "mlp_in": ("gate", "up"), "mlp_out": ("down",)}
-# What `prepare` gives: arrays of the implementation's own, and with an adapter `mtp`: its masks and sampler. The loop's
-# variables may also hold `draft`: what `prepare` gave for a draft model.
+# What `prepare` gives: arrays of the implementation's own, and with an adapter `mtp`: its masks and sampler, and
+# `vocabulary`: the ascending ids [U] of its draft vocabulary, where it has one. The loop's variables may also hold
+# `draft`: what `prepare` gave for a draft model.
 Variables = dict[str, Any]
 
 
@@ -58,6 +59,9 @@ class Forward(Protocol):
     def logits(self, variables: Variables, latents: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """The base head."""
 
+    def draft_logits(self, variables: Variables, latents: Float[Array, "... D"]) -> Float[Array, "... U"]:
+        """The base head over the draft vocabulary, or over all tokens where there is none."""
+
     def embedded(self, variables: Variables, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Input embeddings of tokens."""
 
@@ -65,7 +69,7 @@ class Forward(Protocol):
         """What the base head multiplies a latent with for the logits of these tokens."""
 
     def candidates(self, scores: Float[Array, "... V"], count: int) -> Int[Array, "... C"]:
-        """The `count` tokens of the highest scores, in no certain order."""
+        """The indices of the `count` highest scores, in no certain order."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class XlaForward:
     build: str = ""
 
     def prepare(self, params: Params, adapter: Params | None) -> Variables:
-        """`params` without what was joined, `fused` (see `Layer.step`) and with an adapter `mtp`."""
+        """`params` without what was joined, `fused` (see `Layer.step`), and of an adapter `mtp` and its vocabulary."""
         dtype, layers = self.model.dtype, {}
         lora = None if adapter is None or self.shape is None else with_adapter({}, adapter, self.shape)["lora"]
         for i in range(self.model.g.L):
@@ -93,8 +97,13 @@ class XlaForward:
                     parts = [params[f"layer_{i}"].pop(name) for name in names]
                     into |= {kind: jnp.concatenate([part[kind] for part in parts], axis=-1) for kind in parts[0]}
             layers[f"layer_{i}"] = layer
-        variables = {"params": params, "fused": layers}
-        return variables if adapter is None else variables | {"mtp": drafting_weights(adapter["mtp"], dtype)}
+        variables: Variables = {"params": params, "fused": layers}
+        if adapter is None:
+            return variables
+        if "vocabulary" in adapter:
+            ids = variables["vocabulary"] = jnp.asarray(adapter["vocabulary"])
+            variables["draft_head"] = self._apply(variables, method="unembedding")[ids]
+        return variables | {"mtp": drafting_weights(adapter["mtp"], dtype)}
 
     def rows(
         self,
@@ -114,6 +123,11 @@ class XlaForward:
     def logits(self, variables: Variables, latents: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """`Decoder.logits`."""
         return self._apply(variables, latents, method="logits")
+
+    def draft_logits(self, variables: Variables, latents: Float[Array, "... D"]) -> Float[Array, "... U"]:
+        """The same with the table of the draft vocabulary alone."""
+        table = variables.get("draft_head")
+        return self.logits(variables, latents) if table is None else head(latents, table)
 
     def embedded(self, variables: Variables, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Rows of the table of embeddings."""

@@ -14,8 +14,9 @@ from mtp_jax.decoding import generator as module
 from mtp_jax.decoding import loop
 from mtp_jax.decoding.forward import XlaForward
 from mtp_jax.decoding.loop import Decoding, Limits
-from mtp_jax.decoding.options import Options
+from mtp_jax.decoding.options import Options, Sampling
 from mtp_jax.decoding.plan import linear, parse_plan, quadratic
+from mtp_jax.decoding.processors import Processors
 from mtp_jax.errors import UserError
 from mtp_jax.model.base import open_base
 from mtp_jax.model.decoder import Decoder
@@ -30,12 +31,13 @@ QUICK = ("linear:4", "quadratic:2", "blocks:3,1,0,2")
 PLANS = [*QUICK, *(pytest.param(p, marks=pytest.mark.slow) for p in ("linear:1", "quadratic:1", "blocks:4,2,1,1,4"))]
 
 
-def noise(base, sampler="residual", scale=0.3):
-    """An adapter full of noise."""
-    shape = AdapterShape(M, 8, 16.0, PROJECTIONS, sampler)
+def noise(base, sampler="residual", scale=0.3, vocabulary=None):
+    """An adapter full of noise, with a draft vocabulary where its ids are given."""
+    shape = AdapterShape(M, 8, 16.0, PROJECTIONS, sampler, vocabulary=None if vocabulary is None else len(vocabulary))
     adapter = init_adapter(base.g, shape, base.load()["embed"]["embedding"], jax.random.key(1))
     draw = np.random.default_rng(2)  # not JAX, which would compile a program for each shape
-    return shape, jax.tree.map(lambda x: x + scale * draw.standard_normal(x.shape).astype(np.float32), adapter)
+    adapter = jax.tree.map(lambda x: x + scale * draw.standard_normal(x.shape).astype(np.float32), adapter)
+    return shape, adapter if vocabulary is None else adapter | {"vocabulary": np.asarray(vocabulary, np.int32)}
 
 
 def equipped(folder, dtype="float32", xla=False, options=None, **of_noise):
@@ -111,6 +113,56 @@ def test_every_way_to_draft_is_lossless(small_folder, small, form, one_head, sho
     generator, _ = equipped(small_folder, options=Options(one_head=one_head, shortlist=shortlist), sampler=form)
     done = decoded(generator, "quadratic:2", prompts, NEW, 3)
     assert [d.token_ids for d in done] == texts
+
+
+EVERY, ODD = np.arange(300), np.arange(1, 300, 2)  # draft vocabularies: of all tokens, and of half of them
+
+
+@pytest.mark.parametrize(
+    ("form", "shortlist", "xla"),
+    [
+        ("residual", 7, False),
+        pytest.param("paper", None, False, marks=pytest.mark.slow),
+        pytest.param("none", None, True, marks=pytest.mark.slow),
+        pytest.param("residual", 7, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_draft_vocabulary_of_all_tokens_drafts_as_none_does(small_folder, small, form, shortlist, xla):
+    _, prompts, texts = small
+    found = []
+    for ids in (None, EVERY):
+        options = Options(quadratic(2), shortlist)
+        generator, _ = equipped(small_folder, xla=xla, options=options, sampler=form, scale=0.02, vocabulary=ids)
+        done = generator.complete(prompts, NEW, 3)
+        sampled = generator.complete(prompts, NEW, 3, Sampling(0.9, seed=1))
+        found.append([(d.token_ids, d.accepted) for d in (*done, *sampled)])
+    assert found[0] == found[1] and [tokens for tokens, _ in found[0][:3]] == texts
+    assert any(accepted[0] < sum(accepted) for _, accepted in found[0])  # some draft is accepted
+
+
+@pytest.mark.parametrize(
+    ("form", "shortlist", "one_head"),
+    [
+        ("residual", 7, True),
+        pytest.param("none", None, False, marks=pytest.mark.slow),
+        pytest.param("paper", None, True, marks=pytest.mark.slow),
+    ],
+)
+def test_drafts_are_of_the_draft_vocabulary_and_texts_of_any_token(small_folder, small, form, shortlist, one_head):
+    _, prompts, texts = small
+    options = Options(quadratic(2), shortlist, one_head)
+    generator, _ = equipped(small_folder, options=options, sampler=form, vocabulary=ODD)
+    assert [d.token_ids for d in generator.complete(prompts, NEW, 3)] == texts
+    assert any(token % 2 == 0 for text in texts for token in text)
+    processors = Processors(repetition_penalty=1.3, suppress_tokens=(5, 8))
+    for chosen in (None, processors):  # what changes logits sees rows of all tokens
+        decoding = Decoding(generator.forward, options, None, chosen)
+        limits = Limits(jnp.asarray([40, 30]), jnp.zeros(0, jnp.int32), jnp.asarray([20, 13]))
+        state = jax.jit(decoding.prefill, static_argnums=(4, 5))(
+            generator.variables, np.arange(2, 42).reshape(2, 20), limits.prompt, limits, 48, generator.dtype
+        )
+        state = jax.jit(decoding.step)(generator.variables, state, limits, None)
+        assert np.all(np.asarray(state.drafts) % 2 == 1) and (chosen is None or not np.any(state.drafts == 5))
 
 
 def test_xla_alone_gives_the_same_tokens(small_folder, small):
@@ -213,17 +265,19 @@ def test_prefill_leaves_real_rows_bit_identical_whatever_the_adapter_holds(small
     assert not np.array_equal(left(0.0)[1], drafts)  # the masks do meet the adapter
 
 
-@pytest.mark.parametrize("masks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_steps_are_those_of_the_estimate(small_folder, small, masks):
+@pytest.mark.parametrize(("masks", "ids"), [(2, None), pytest.param(4, None, marks=pytest.mark.slow), (2, ODD)])
+def test_steps_are_those_of_the_estimate(small_folder, small, masks, ids):
     """Tokens per step by decoding and by the training-time estimate, from unlike code: an adapter near the identity."""
     _, prompts, texts = small
-    generator, adapter = equipped(small_folder, scale=0.02)
+    generator, adapter = equipped(small_folder, scale=0.02, vocabulary=ids)
     width = max(len(p + t) for p, t in zip(prompts, texts, strict=True))
     rows = [p + t + [0] * (width - len(p + t)) for p, t in zip(prompts, texts, strict=True)]
     starts = jnp.asarray([len(p) for p in prompts])
     of = Continuations(jnp.asarray(rows), starts, starts + NEW)
     scanned = dataclasses.replace(generator.forward.model, scanned=True)
     frozen = {"params": open_base(str(small_folder)).load(jnp.dtype("float32"))}
+    if ids is not None:
+        frozen["vocabulary"] = adapter["vocabulary"]
     with jax.default_matmul_precision("highest"):
         accepted = Estimator(scanned, generator.shape).accepted(adapter, frozen, of)
     done = decoded(generator.using(shortlist=None), quadratic(masks), prompts, NEW, 3)

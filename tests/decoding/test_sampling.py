@@ -60,8 +60,11 @@ def parts():
 def make(parts):
     """A function that makes a fresh generator with a plan."""
 
-    def generator(plan, shortlist=4):
+    def generator(plan, shortlist=4, vocabulary=None):
         g, params, shape, adapter = parts
+        if vocabulary is not None:
+            shape = dataclasses.replace(shape, vocabulary=len(vocabulary))
+            adapter = adapter | {"vocabulary": np.asarray(vocabulary, np.int32)}
         copies = jax.tree.map(jnp.copy, params)
         forward = fastest_forward(Decoder(g, scanned=False), shape)
         variables = forward.prepare(unstack_layers(copies), adapter)
@@ -161,6 +164,14 @@ def test_draws_have_the_models_own_distribution(make, exact, plan, sampled_draft
     counts, steps = draws(make(plan), how)
     assert improbability(counts, exact(how)) > NEVER
     assert 2 <= steps < NEW - 1  # some drafts are accepted, not all
+
+
+@pytest.mark.parametrize("shortlist", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_draws_with_drafts_of_few_tokens(make, exact, shortlist):
+    how = WAYS["top-p"]
+    counts, steps = draws(make(quadratic(2), shortlist, vocabulary=[0, 2, 5]), how)
+    assert improbability(counts, exact(how)) > NEVER
+    assert 2 <= steps < NEW - 1.02  # some drafts are accepted, not all
 
 
 @pytest.mark.parametrize("name", ["lookup:2", "jacobi:2", "draft:2"])
