@@ -150,7 +150,8 @@ def _contents(source: Source, base: str, config: dict[str, Any], peft: bool) -> 
         "## What is here\n",
         f"- {weights}; its fingerprint is `{pointer['fingerprint'][:16]}`",
         f"- `adapter.safetensors`, `mtp_config.json`: {config['masks']} mask embeddings, LoRA of rank {config['rank']} "
-        f"and alpha {config['alpha']:g} on {', '.join(config['targets'])}, sampler head `{config['sampler']}`",
+        f"and alpha {config['alpha']:g} on {', '.join(config['targets'])}, sampler head `{config['sampler']}`"
+        + (f", drafts of {config['vocabulary']:,} frequent tokens" if "vocabulary" in config else ""),
         "- `custom_generate/`: `generate` for transformers",
     ]
     if peft:

@@ -17,11 +17,11 @@ from mtp_jax.mtp.adapter_folder import write_adapter
 CODE = Path(mtp_jax.exporting.__file__).parent / "custom_generate" / "generate.py"
 
 
-def noisy_adapter(base, out, masks=3, sampler="residual", targets=PROJECTIONS, gated=True):
-    """An adapter folder full of noise, norms around 1, for the base model of a folder."""
+def noisy_adapter(base, out, masks=3, sampler="residual", targets=PROJECTIONS, gated=True, vocabulary=None):
+    """An adapter folder full of noise, norms around 1, for the base model of a folder; `vocabulary` is drafted."""
     opened = open_base(str(base))
     g = opened.g
-    shape = AdapterShape(masks, 4, 8.0, targets, sampler, gated)
+    shape = AdapterShape(masks, 4, 8.0, targets, sampler, gated, None if vocabulary is None else len(vocabulary))
     random, items = np.random.default_rng(5), []
     for weight in adapter_table(g, shape):
         noise = random.standard_normal(weight.shape).astype(np.float32)
@@ -31,6 +31,8 @@ def noisy_adapter(base, out, masks=3, sampler="residual", targets=PROJECTIONS, g
             noise *= 1.1 / weight.shape[-2] ** 0.5 if len(weight.shape) > 1 else 0.2
         items.append((weight.path, noise))
     tree = unflatten_dict(dict(items))
+    if vocabulary is not None:
+        tree["vocabulary"] = np.asarray(vocabulary, np.int32)
     pointer = {"name": str(base), "fingerprint": opened.fingerprint}
     write_adapter(out, g, shape, tree, pointer, {"steps": 1, "held_out": {"tokens_per_step": {"1": 1.5}}})
     return shape, jax.tree.map(np.asarray, tree)

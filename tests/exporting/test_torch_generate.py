@@ -1,7 +1,9 @@
 """`generate` of an exported folder, as transformers calls it, gives the base model's own tokens in fewer steps."""
 
 import copy
+import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from exported import export, exported_code, noisy_adapter
@@ -157,6 +159,37 @@ def test_steps_are_those_of_our_decoder(fast, tokenizer):
         assert out.sequences[0, ids.shape[1] :].tolist() == ours.token_ids
         assert out.steps.item() == ours.steps
         assert out.accepted[0].tolist() == ours.accepted
+
+
+@pytest.mark.parametrize("shortlist", [8, None])
+def test_with_a_draft_vocabulary_steps_are_those_of_our_decoder(tokenizer, plain, batch, greedy, tmp_path, shortlist):
+    from mtp_jax import api
+    from mtp_jax.decoding.options import Options
+    from mtp_jax.decoding.plan import parse_plan
+    from mtp_jax.model.base import open_base
+    from mtp_jax.mtp.adapter_folder import open_adapter, write_adapter
+
+    base, random = open_base(NAME), np.random.default_rng(0)
+    found = open_adapter(NAME, base)
+    ids = np.sort(random.permutation(base.g.V)[: base.g.V // 2]).astype(np.int32)
+    parts = dataclasses.replace(found.shape, vocabulary=len(ids)), found.arrays | {"vocabulary": ids}
+    write_adapter(tmp_path / "few", base.g, *parts, found.config["base"], {"steps": 1})
+    out = export(tmp_path / "few", tmp_path / "out", model=NAME)
+    assert np.array_equal(open_adapter(str(out), open_base(str(out))).arrays["vocabulary"], ids)
+    generator = api.generator(base, Options(parse_plan("quadratic:2"), shortlist), "float32", parts)
+    fast = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=True)
+    options = {"max_new_tokens": NEW, "plan": "quadratic:2", "shortlist": shortlist, "return_dict_in_generate": True}
+    every = []
+    for text in TEXTS:
+        ours, ids = generator([text], NEW)[0], tokenizer(text, return_tensors="pt").input_ids
+        theirs = fast.generate(ids, **options)
+        assert theirs.sequences[0, ids.shape[1] :].tolist() == ours.token_ids
+        assert theirs.accepted[0].tolist() == ours.accepted
+        every += ours.accepted[1:]
+    assert any(every)
+    assert torch.equal(fast.generate(**batch, **options).sequences, greedy)
+    torch.manual_seed(0)
+    assert fast.generate(**batch, do_sample=True, **options).steps.sum() < len(TEXTS) * (NEW - 1)
 
 
 def fingerprint(model):

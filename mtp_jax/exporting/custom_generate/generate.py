@@ -257,6 +257,9 @@ class Adapter:
                     [on(f"mtp.sampler.norm_{i}.{kind}", torch.float32) for kind in ("scale", "bias")] for i in (0, 1)
                 ],
             }
+        self.vocabulary = None  # ids of the tokens that may be drafted; None for all
+        if config.get("vocabulary") is not None:
+            self.vocabulary = tensors["mtp.vocabulary"].to(last, torch.long)
 
     def read(self, latents):
         """The part of the sampler head's first layer that needs no token."""
@@ -435,6 +438,8 @@ class Rows:
         self.adapter, self.config, config = adapter, model.config, model.config
         self.inner = model.get_decoder()
         self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        ids = adapter.vocabulary
+        self.draft_table = self.head.weight if ids is None else self.head.weight[ids]
         self.projections, self.head_product = (_pack(model) if pack else None) or _products(model, Joined)
         self.layers = list(self.inner.layers)[: config.num_hidden_layers]
         self.N, self.K = config.num_attention_heads, config.num_key_value_heads
@@ -512,6 +517,12 @@ class Rows:
     def logits(self, latents):
         """The base head, float32."""
         return self.head_product(latents)[0].float()
+
+    def draft_logits(self, latents):
+        """The base head over the tokens that may be drafted, float32."""
+        if self.adapter.vocabulary is None:
+            return self.logits(latents)
+        return F.linear(latents, self.draft_table).float()
 
     def _frequencies(self, counts):
         """Frequencies of rows that stand in so many tokens each."""
@@ -684,8 +695,9 @@ class Decoding:
         self.rows, self.adapter, self.plan, self.sampling = rows, rows.adapter, plan, sampling
         self.process = process  # of the logits of each sequence
         self.device = rows.head.weight.device
-        self.shortlist = None if shortlist is None else min(shortlist, rows.config.vocab_size)
+        self.shortlist = None if shortlist is None else min(shortlist, len(rows.draft_table))
         self.one_head = self.device.type != "cpu" or sum(plan.masks) + plan.floating <= HEAD_ROWS
+        self.one_head &= self.adapter.vocabulary is None  # else mask rows have a smaller head
         self.sizes = torch.tensor(plan.masks, device=self.device)
         self.layout = None if plan.floating else self._step_layout(None)
 
@@ -793,13 +805,16 @@ class Decoding:
 
     def draft(self, latents, scores, first):
         """Drafts [B, M] of a block behind the token `first`, and their distributions where they are sampled."""
-        M, ids, table = latents.shape[1], None, self.rows.head.weight
-        sampled, full = self.adapter.sampler, self.shortlist in (None, table.shape[0])
-        if scores is None and (sampled is None or not full):
-            scores = self.rows.logits(latents)
-        if sampled is not None and not full:
-            ids = scores.topk(self.shortlist).indices
-            table = table[ids].to(latents.dtype)
+        (B, M, _), vocabulary, table = latents.shape, self.adapter.vocabulary, self.rows.draft_table
+        sampled = self.adapter.sampler
+        short = sampled is not None and self.shortlist not in (None, len(table))
+        if scores is None and (sampled is None or short):
+            scores = self.rows.draft_logits(latents)
+        ids = None if vocabulary is None else vocabulary.expand(B, M, -1)
+        if short:
+            at = scores.topk(self.shortlist).indices
+            ids = at if vocabulary is None else vocabulary[at]
+            table = table[at].to(latents.dtype)
         read = None if sampled is None else self.adapter.read(latents)
         drafts, probabilities, previous = [], [], first
         for j in range(M):
@@ -807,7 +822,7 @@ class Decoding:
                 logits = scores[:, j]
             else:
                 z = self.adapter.latent(self.rows.embedding(previous), latents[:, j], read[:, j])
-                logits = self.rows.logits(z) if ids is None else (table[:, j] @ z[..., None])[..., 0].float()
+                logits = (table[:, j] @ z[..., None])[..., 0].float() if short else self.rows.draft_logits(z)
             if self.sampling is None:
                 chosen = logits.argmax(dim=-1)
             else:
