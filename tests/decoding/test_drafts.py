@@ -277,7 +277,7 @@ def test_steps_are_those_of_the_estimate(small_folder, small, masks, ids):
     scanned = dataclasses.replace(generator.forward.model, scanned=True)
     frozen = {"params": open_base(str(small_folder)).load(jnp.dtype("float32"))}
     if ids is not None:
-        frozen["vocabulary"] = adapter["vocabulary"]
+        frozen["vocabulary"] = jnp.asarray(adapter["vocabulary"])
     with jax.default_matmul_precision("highest"):
         accepted = Estimator(scanned, generator.shape).accepted(adapter, frozen, of)
     done = decoded(generator.using(shortlist=None), quadratic(masks), prompts, NEW, 3)
