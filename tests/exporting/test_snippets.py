@@ -73,5 +73,5 @@ def test_a_referring_cards_snippet(small_folder, tmp_path):
 
 def test_the_readmes_snippets(folder):
     parts = snippets((ROOT / "README.md").read_text()) + snippets((ROOT / "docs" / "decoding.md").read_text())
-    assert any("trust_remote_code" in part for part in parts) and sum("mtp_jax.load" in part for part in parts) == 2
+    assert any("trust_remote_code" in part for part in parts) and sum("mtp_jax.load" in part for part in parts) == 3
     run(parts, folder.parent)
