@@ -61,7 +61,8 @@ def _why(error: UserError) -> str:
 
 def _each(name: str) -> Iterator[str]:
     """quadratic:1..3 as quadratic:1, quadratic:2 and quadratic:3."""
-    if found := re.fullmatch(r"(\w+):(\d+)\.\.(\d+)", name):
+    found = re.fullmatch(r"(\w+):(\d+)\.\.(\d+)", name)
+    if found and int(found[2]) <= int(found[3]):  # refused as it is otherwise
         yield from (f"{found[1]}:{count}" for count in range(int(found[2]), int(found[3]) + 1))
     else:
         yield name

@@ -181,6 +181,8 @@ def find_suites(names: Sequence[str], count: int | None, seed: int = 0) -> list[
         elif name in SUITES:
             found.append(_asked(name, file, count, seed))
         elif not file and (expanded(given).exists() or re.search(r"\.(jsonl?|gz|zst)$", given)):
+            if not expanded(given).is_file():
+                raise UserError(f"--suite {given}: no such file.")
             stem = Path(given).name.split(".")[0]
             own = Suite(stem, stem, (), lambda record: "")
             questions = [Question(prompt, {}) for prompt in read_prompts(given)]

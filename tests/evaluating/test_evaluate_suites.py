@@ -40,7 +40,7 @@ def test_names_of_decoders():
 
 
 @pytest.mark.parametrize(
-    "name", ["cubic:2", "linear:0", "lookup:0", "lookup", "draft:x", "blocks:0,1", "quadratic:0..2"]
+    "name", ["cubic:2", "linear:0", "lookup:0", "lookup", "draft:x", "blocks:0,1", "quadratic:0..2", "quadratic:4..2"]
 )
 def test_an_unknown_name_is_refused_with_the_list(name):
     with pytest.raises(UserError, match="There are none, auto, linear:M") as error:

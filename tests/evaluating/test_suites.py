@@ -94,6 +94,7 @@ def test_some_questions_are_drawn_by_the_seed_and_keep_their_order(write):
     [
         ("gsm9k", None, "unknown; give a file of prompts, or one of gsm8k, humaneval"),
         ("gsm8k=missing.jsonl", None, "no such file"),
+        ("missing.jsonl", None, "--suite missing.jsonl: no such file"),
         ("spec_bench:qa", None, "is not on the hub; give its file"),
         ("gsm8k={file}", [*GSM8K, {"question": "How?"}], "record 7 has no 'answer'; gsm8k needs question, answer"),
         ("gsm8k={file}", [{"question": " ", "answer": "1"}], "record 1 asks nothing"),
