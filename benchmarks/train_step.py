@@ -151,7 +151,7 @@ class Step:
 
         def gradient(trained: Any, frozen: Any, batch: Any) -> Any:
             step = jnp.int32(0)
-            totals = loss.totals(batch, step)
+            totals = loss.totals(batch)
             return jax.value_and_grad(loss.loss, has_aux=True)(trained, frozen, batch, totals, step)
 
         self.compiled = jax.jit(gradient).lower(self.trained, self.frozen, self.batch).compile()

@@ -109,7 +109,7 @@ class Mtp(_Section):
     offset_weights: Literal["flat", "decay", "expected_length"] = "flat"
     decay: float = Field(default=0.8, gt=0, le=1)  # with offset_weights: decay
     kl_warmup_steps: int = Field(default=0, ge=0)  # with target: total_variation
-    grow_steps: int = Field(default=0, ge=0)  # over which the loss comes to cover all masks of a block
+    grow_steps: int = Field(default=0, ge=0)  # over which blocks grow to all masks
     vocabulary: int | None = Field(default=None, ge=1)  # so many of the most frequent tokens are drafted; null for all
 
 

@@ -54,7 +54,7 @@ class Targets(NamedTuple):
     label: Int[Array, "B G M"]  # x_{i+j+1}
     labelled: Bool[Array, "B G M"]  # whether that label exists and is supervised
     previous: Int[Array, "B G M"]  # x_{i+j}, which the sampler is teacher-forced with
-    share: Float[Array, "B G M"]  # 1/|S(t)|, S(t) being the covered mask rows of position t; 0 for all others
+    share: Float[Array, "B G M"]  # 1/|S(t)|, S(t) being the mask rows of position t; 0 where there is no such row
 
 
 def blocks_of(anchors: Int[Array, "B G"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Blocks:
@@ -71,9 +71,8 @@ def targets_of(
     labels: Int[Array, "B T"],
     supervised: Bool[Array, "B T"],
     segments: Int[Array, "B T"],
-    covered: Bool[Array, " M"] | None = None,
 ) -> Targets:
-    """Targets of all mask rows of a batch; `covered` says which masks of a block the loss covers, None for all."""
+    """Targets of all mask rows of a batch."""
     B, T = tokens.shape
     assert blocks.segments is not None
     row = blocks.anchors[..., None] + 1 + jnp.arange(M)
@@ -84,7 +83,6 @@ def targets_of(
         return jnp.take_along_axis(values, flat, axis=1).reshape(row.shape)
 
     exists = inside & (at(segments) == blocks.segments[..., None]) & (blocks.segments[..., None] != 0)
-    shared = exists if covered is None else exists & covered
-    together = jnp.zeros((B, T)).at[jnp.arange(B)[:, None], flat].add(shared.reshape(B, -1))
-    share = jnp.where(shared, 1 / jnp.maximum(at(together), 1), 0.0)
+    together = jnp.zeros((B, T)).at[jnp.arange(B)[:, None], flat].add(exists.reshape(B, -1))
+    share = jnp.where(exists, 1 / jnp.maximum(at(together), 1), 0.0)
     return Targets(row, exists, at(labels), exists & at(supervised), at(tokens), share)

@@ -1,6 +1,6 @@
 """All losses of the method, as returned values (docs/how-it-works.md, section 6)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +36,7 @@ class LossTerms:
     offset_weights: str = "flat"  # "flat", "decay", "expected_length"
     decay: float = 0.8  # weight of offset j is decay^(j-1)
     kl_warmup_steps: int = 0  # of total variation, which is unstable from scratch
-    grow_steps: int = 0  # over which the loss comes to cover all masks of a block
+    grow_steps: int = 0  # over which blocks grow to all masks
 
 
 class Context(NamedTuple):
@@ -63,6 +63,18 @@ class MultiTokenLoss:
     loss_chunk: int  # rows of each device whose logits exist at a time
     attention_chunk: int | None = None  # blocks whose attention scores exist at a time; None for as many as fit
     anchor_chunk: int | None = None  # blocks of a sequence that exist at a time; None for all; needs the gate
+    covered: int | None = None  # the first masks of a block, which alone are computed; None for all
+
+    def at(self, step: int) -> "MultiTokenLoss":
+        """The loss of a step, counted from 0, whose blocks have grown to some length by then (section 6.3)."""
+        M, N = self.shape.masks, self.terms.grow_steps
+        first = min(M, 2 if M >= _LONG_BLOCK else 1)
+        return replace(self, covered=first + step * (M - first) // N) if step < N else replace(self, covered=None)
+
+    @property
+    def masks_now(self) -> int:
+        """The masks of a block that are computed."""
+        return self.shape.masks if self.covered is None else self.covered
 
     def loss(
         self, trained: Params, frozen: Params, part: Any, totals: Sums, step: Int[Array, ""]
@@ -72,13 +84,13 @@ class MultiTokenLoss:
             loss, values = self.values(self.sums(trained, frozen, part, step), totals)
         else:
             loss, values = self._in_chunks(trained, frozen, part, totals, step)
-        counted = self._counted(self._targets(part, step)[1], step)
+        counted = self._counted(self._targets(part)[1])
         return loss, values | {"mask_rows": jnp.sum(counted, dtype=jnp.int32)}
 
     def sums(self, trained: Params, frozen: Params, batch: Any, step: Int[Array, ""]) -> Sums:
         """Every term summed over the rows it runs over."""
         context, sums = self.real(trained, frozen, batch)
-        blocks, targets = self._targets(batch, step)
+        blocks, targets = self._targets(batch)
         return sums | self.masks(trained, frozen, context, blocks, targets, step)
 
     def real(self, trained: Params, frozen: Params, batch: Any) -> tuple[Context, Sums]:
@@ -113,9 +125,10 @@ class MultiTokenLoss:
         # Targets taken from the base model are constants, also where standard LoRA moves the real rows.
         return Context(RealRows(*fields[1:]), kept, jax.lax.stop_gradient(z_real), choice, table, ids), sums
 
-    def latents(self, trained: Params, frozen: Params, context: Context, blocks: Blocks) -> Float[Array, "B G M D"]:
+    def latents(self, trained: Params, frozen: Params, context: Context, blocks: Blocks) -> Float[Array, "B G m D"]:
         """Latents of mask rows."""
-        variables, embeddings = with_adapter(frozen["params"], trained, self.shape), trained["mtp"]["masks"]
+        variables = with_adapter(frozen["params"], trained, self.shape)
+        embeddings = trained["mtp"]["masks"][: self.masks_now]
         return self.model.apply(
             variables, embeddings, blocks, context.keys, context.kept, self.attention_chunk, method="masks"
         )
@@ -142,7 +155,7 @@ class MultiTokenLoss:
             real = jnp.take_along_axis(context.latents, flat[..., None], axis=1).reshape(latents.shape)
             chosen = jnp.take_along_axis(choice, flat, axis=1).reshape(of.row.shape)
             base = head(real, table) if t.target in ("base_soft", "total_variation") else None
-            row_weights = self._counted(of, step) * self._static_weights()
+            row_weights = self._counted(of) * self._static_weights()
 
             def judged(scores: Array, rest: Any) -> tuple[Array, tuple[Array, Array]]:
                 of, chosen, base, step = rest
@@ -164,7 +177,8 @@ class MultiTokenLoss:
                 return jnp.sum(loss * weights), agree
 
             sums: Sums = {}
-            sums["base"], sums["agree_base"] = term(latents)
+            if self._scores_base:
+                sums["base"], sums["agree_base"] = term(latents)
             if sampler is not None:
                 corrected = self._corrected(sampler, frozen, of.previous, latents)
                 sums["sampler"], sums["agree_sampler"] = term(corrected)
@@ -173,7 +187,7 @@ class MultiTokenLoss:
                 sums["lcm"] = jnp.sum(jnp.mean(gap * gap, axis=-1) * of.share)
             return sums
 
-        chunk = rows_at_a_time(max(1, self.loss_chunk // self.shape.masks), len(z))
+        chunk = rows_at_a_time(max(1, self.loss_chunk // self.masks_now), len(z))
         return sum_over_chunks(over_blocks, (z, targets), chunk)
 
     def values(self, sums: dict[str, Any], totals: dict[str, Any]) -> tuple[Float[Array, ""], Sums]:
@@ -184,15 +198,16 @@ class MultiTokenLoss:
         totals = {name: jnp.maximum(value, 1) for name, value in totals.items()}
         t, real, masks = self.terms, totals["real_rows"], totals["mask_rows"]
         values = {
-            "base_loss": sums["base"] / masks,
             "real_loss": sums["real"] / real,  # constant under the gate: logged, not in the total
             "real_accuracy": sums["real_right"] / real,
-            "agreement_base": sums["agree_base"] / totals["offsets"],
         }
-        base = values["base_loss"]
-        if not self.shape.gated:  # standard LoRA moves real rows too, so they are in the mean, as in the paper
-            base = (sums["base"] + sums["real"]) / totals["all_rows"]
-        total = t.base_weight * base
+        total: Any = 0.0
+        if self._scores_base:
+            base = values["base_loss"] = sums["base"] / masks
+            values["agreement_base"] = sums["agree_base"] / totals["offsets"]
+            if not self.shape.gated:  # standard LoRA moves real rows too, so they are in the mean, as in the paper
+                base = (sums["base"] + sums["real"]) / totals["all_rows"]
+            total = total + t.base_weight * base
         if self.shape.sampler != "none":
             sampler = sums["sampler"] / masks
             if t.sampler_on_real:  # the paper's mean runs over real and mask rows alike
@@ -206,18 +221,10 @@ class MultiTokenLoss:
             total = total + t.lcm_weight * values["lcm_loss"]
         return total, {"loss": total, **values}
 
-    def covered(self, step: Int[Array, ""]) -> Bool[Array, " M"]:
-        """Which masks of a block the loss covers at a step, the first being 0 (docs/how-it-works.md, section 6.3)."""
-        M, N = self.shape.masks, self.terms.grow_steps
-        if N == 0:
-            return jnp.ones(M, bool)
-        first = 2 if M >= _LONG_BLOCK else 1
-        return jnp.arange(M) < first + jnp.minimum(step, N) * (M - first) // N
-
-    def totals(self, batch: Any, step: Int[Array, ""]) -> Sums:
+    def totals(self, batch: Any) -> Sums:
         """What sums over a whole batch are divided by."""
-        targets = self._targets(batch, step)[1]
-        counted = self._counted(targets, step)
+        targets = self._targets(batch)[1]
+        counted = self._counted(targets)
         labelled_real = jnp.sum(batch["supervised"])
         totals = {
             "mask_rows": jnp.sum(counted * self._static_weights()),
@@ -234,7 +241,7 @@ class MultiTokenLoss:
         """The loss and every figure, from chunks of blocks: losses are sums over rows, so it is the same loss."""
         assert self.anchor_chunk is not None
         context, real_sums = self.real(trained, frozen, batch)
-        chunks = cut(self._targets(batch, step), self.anchor_chunk)
+        chunks = cut(self._targets(batch), self.anchor_chunk)
 
         def share(trained: Params, rest: Any, chunk: Any) -> tuple[Float[Array, ""], Sums]:
             frozen, context, totals, step, nothing = rest
@@ -277,14 +284,19 @@ class MultiTokenLoss:
             loss = jnp.where(step < self.terms.kl_warmup_steps, divergence("base_soft", base, scores), loss)
         return loss, accepted
 
-    def _targets(self, batch: Any, step: Array) -> tuple[Blocks, Targets]:
+    @property
+    def _scores_base(self) -> bool:
+        """Whether mask rows meet the base head: where its loss weighs nothing, its figures are not worth its products."""
+        return bool(self.terms.base_weight) or self.shape.sampler == "none"
+
+    def _targets(self, batch: Any) -> tuple[Blocks, Targets]:
         blocks = blocks_of(batch["anchors"], batch["positions"], batch["segments"])
         fields = (batch["tokens"], batch["labels"], batch["supervised"], batch["segments"])
-        return blocks, targets_of(blocks, self.shape.masks, *fields, self.covered(step))
+        return blocks, targets_of(blocks, self.masks_now, *fields)
 
-    def _counted(self, of: Targets, step: Array) -> Bool[Array, "B G M"]:
-        return (of.labelled if self.terms.target == "data" else of.exists) & self.covered(step)
+    def _counted(self, of: Targets) -> Bool[Array, "B G m"]:
+        return of.labelled if self.terms.target == "data" else of.exists
 
-    def _static_weights(self) -> Float[Array, " M"]:
+    def _static_weights(self) -> Float[Array, " m"]:
         decay = self.terms.decay if self.terms.offset_weights == "decay" else 1.0
-        return decay ** jnp.arange(self.shape.masks)
+        return decay ** jnp.arange(self.masks_now)

@@ -76,7 +76,7 @@ class AdapterEvaluation:
         @partial(jax.jit, out_shardings=everywhere)
         def sums(trained: Params, frozen: Params, batch: Any) -> tuple[Any, Any]:
             at = jnp.int32(step)
-            return objective.sums(trained, frozen, batch, at), objective.totals(batch, at)
+            return objective.sums(trained, frozen, batch, at), objective.totals(batch)
 
         self.sums = sums
         self.accepted = jax.jit(Estimator(objective.model, objective.shape).accepted, out_shardings=everywhere)

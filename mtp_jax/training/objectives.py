@@ -104,9 +104,8 @@ class NextToken:
     model: Decoder
     loss_chunk: int
 
-    def totals(self, batch: Batch, step: Any = None) -> Float[Array, ""]:
+    def totals(self, batch: Batch) -> Float[Array, ""]:
         """Number of supervised rows."""
-        del step
         return jnp.maximum(jnp.sum(batch["supervised"]), 1).astype(jnp.float32)
 
     def loss(

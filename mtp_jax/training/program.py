@@ -3,7 +3,8 @@
 `mtp_jax.training.run` executes it; `mtp_jax.preflight` compiles it, also for devices that are not here.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +35,18 @@ class Program(NamedTuple):
     frozen: Params | None  # the base that the adapter is trained beside, and its draft vocabulary
     batch: dict[str, Any]
     tx: Any
-    step: Any  # jitted: (state, frozen, batch) -> (state, metrics), the state donated
+    steps: Callable[[NextToken | MultiTokenLoss], Any]  # of an objective, jitted: see `step`
+
+    @property
+    def step(self) -> Any:
+        """Jitted (state, frozen, batch) -> (state, metrics), the state donated; blocks have all their masks."""
+        return self.steps(self.objective)
+
+    def step_at(self, step: int) -> Any:
+        """The same for a step, counted from 0, while blocks grow: one program for each of their lengths."""
+        if isinstance(self.objective, NextToken):
+            return self.step
+        return self.steps(self.objective.at(step))
 
     @property
     def placed(self) -> TrainState:
@@ -69,13 +81,14 @@ def build_program(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> Progr
     count: Any = jax.ShapeDtypeStruct((), jnp.int32)
     placed = TrainState(everywhere, weights, sharding.optimizer_sharding(mesh, tx, trained, weights))
     shapes = TrainState(count, trained, jax.eval_shape(tx.init, trained))
-    step = jax.jit(
-        make_train_step(objective, tx, learning_rate(config.train), config.train.accumulation, weights),
-        donate_argnums=0,
-        out_shardings=(placed, everywhere),
-    )
+
+    @functools.cache
+    def steps(objective: NextToken | MultiTokenLoss) -> Any:
+        step = make_train_step(objective, tx, learning_rate(config.train), config.train.accumulation, weights)
+        return jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere))
+
     batch = batch_shapes(config, mesh, anchors)
-    return Program(mesh, objective, table, anchors, abstract(shapes, placed), frozen, batch, tx, step)
+    return Program(mesh, objective, table, anchors, abstract(shapes, placed), frozen, batch, tx, steps)
 
 
 def batch_shapes(config: Config, mesh: jax.sharding.Mesh, anchors: Anchors | None) -> dict[str, Any]:

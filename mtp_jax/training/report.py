@@ -33,6 +33,7 @@ TRAINING_FILES = "training_files.json"
 _STDLIB_SHARE = 0.05  # held out of python-stdlib by default, as in training
 _LONGEST = 512  # rows of a sequence by default
 _LOSS_CHUNK = 2048
+_HEADS = (("agreement", "sampler head"), ("agreement_base", "base head"))
 _ANCHORS = 64  # blocks in a sequence, as in training by default
 
 
@@ -133,11 +134,11 @@ def print_base(figures: dict[str, Any], length: int) -> None:
 
 def print_table(figures: dict[str, Any], console: Console) -> None:
     """Agreement by offset, and estimated tokens per step by number of masks."""
-    agreement = figures.get("agreement", figures["agreement_base"])
+    agreement = figures["agreement" if "agreement" in figures else "agreement_base"]
     offsets = Table("offset", *(str(j + 1) for j in range(len(agreement))), title="agreement with the base model")
-    if "agreement" in figures:
-        offsets.add_row("sampler head", *(f"{a:.3f}" for a in figures["agreement"]))
-    offsets.add_row("base head", *(f"{a:.3f}" for a in figures["agreement_base"]))
+    for name, label in _HEADS:
+        if name in figures:
+            offsets.add_row(label, *(f"{a:.3f}" for a in figures[name]))
     console.print(offsets)
     estimate = figures.get("tokens_per_step", {})
     steps = Table("masks", *estimate, title="estimated tokens per step (1 without drafts)")
@@ -153,7 +154,7 @@ def plot(figures: dict[str, Any], file: Path) -> None:
     from matplotlib import pyplot
 
     picture, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for name, label in (("agreement", "sampler head"), ("agreement_base", "base head")):
+    for name, label in _HEADS:
         if name in figures:
             left.plot(range(1, len(figures[name]) + 1), figures[name], marker="o", label=label)
     left.set(xlabel="offset j of the mask", ylabel="agreement with the base model", ylim=(0, 1))

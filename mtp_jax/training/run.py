@@ -126,7 +126,7 @@ def train(config: Config) -> str:
                 placed = program.place(batch)
                 if step == 1:
                     _check_trainable(placed, sharding.replicated(mesh))
-                state, values = program.step(state, task.frozen, placed)
+                state, values = program.step_at(step - 1)(state, task.frozen, placed)
                 record.step(step, values, batch, waited)  # reads the step before, while this one runs
                 stop = interruption.requested()
                 last = step == config.train.steps

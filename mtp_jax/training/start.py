@@ -14,7 +14,7 @@ from jaxtyping import Int
 from mtp_jax.config import Config, TokenizerRecipe
 from mtp_jax.data.datasets import SourceDocuments
 from mtp_jax.data.frequency import frequent_tokens
-from mtp_jax.data.sources import texts_of
+from mtp_jax.data.sources import read_sources, texts_of
 from mtp_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from mtp_jax.encoding import load_tokenizer
 from mtp_jax.errors import UserError
@@ -142,7 +142,12 @@ def draft_vocabulary(
     def count_once() -> list[int]:
         run.pull(file)
         if not file.is_file():
-            ids = frequent_tokens(training, weights, opened.tokenizer, wanted, opened.g.V, opened.stops)
+            counted, shares = training, weights
+            if config.data.continuations is not None:  # few texts: what they continue knows rare tokens better
+                written, _ = read_sources(config.data, continuations=False)
+                parts = [source.weight for source in config.data.sources]
+                counted, shares = [*training, *written], [*weights, *(part / sum(parts) for part in parts)]
+            ids = frequent_tokens(counted, shares, opened.tokenizer, wanted, opened.g.V, opened.stops)
             write_whole(file, json.dumps({"ids": ids.tolist()}).encode())
             run.push(file)
         return read_json(file)["ids"]

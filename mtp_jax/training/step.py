@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 class Objective(Protocol):
     """What a step minimises. Losses are means over a whole batch, so its parts need the batch's totals."""
 
-    def totals(self, batch: Any, step: Int[Array, ""]) -> Any:
+    def totals(self, batch: Any) -> Any:
         """What the sums over the whole batch are divided by."""
 
     def loss(
@@ -50,7 +50,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
-        totals = objective.totals(batch, state.step)
+        totals = objective.totals(batch)
         gradient = jax.grad(objective.loss, has_aux=True)
 
         def share(part: Any) -> tuple[Any, Metrics]:

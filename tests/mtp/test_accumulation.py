@@ -34,7 +34,7 @@ def test_chunks_of_blocks_change_nothing(terms):
         params = noisy(init_params(g, jax.random.key(0)), jax.random.key(3), 0.1)
         adapter = noisy(init_adapter(g, SHAPE, params["embed"]["embedding"], jax.random.key(1)), jax.random.key(2), 0.2)
         whole = MultiTokenLoss(Decoder(g, remat="full"), SHAPE, terms, 64)
-        totals = whole.totals(batch, jnp.int32(0))
+        totals = whole.totals(batch)
 
         def compute(loss, adapter):
             of = lambda a: loss.loss(a, {"params": params}, batch, totals, jnp.int32(0))  # noqa: E731

@@ -42,7 +42,7 @@ def test_the_real_stream_is_computed_once(remat):
     loss = MultiTokenLoss(Decoder(g, remat=remat), SHAPE, LossTerms(target="data", lcm_weight=0.0), 4, 2)
 
     def total(adapter):
-        return loss.loss(adapter, {"params": params}, batch, loss.totals(batch, STEP), STEP)[0]
+        return loss.loss(adapter, {"params": params}, batch, loss.totals(batch), STEP)[0]
 
     def plain(params):
         return Decoder(g).apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"])[0]
@@ -59,7 +59,7 @@ def test_no_logits_of_all_rows_at_once():
 
     def temporaries(loss_chunk):
         loss = MultiTokenLoss(Decoder(g, remat="full"), SHAPE, LossTerms(), loss_chunk, 64)
-        step = jax.jit(jax.grad(lambda a: loss.loss(a, {"params": params}, batch, loss.totals(batch, STEP), STEP)[0]))
+        step = jax.jit(jax.grad(lambda a: loss.loss(a, {"params": params}, batch, loss.totals(batch), STEP)[0]))
         return step.lower(adapter).compile().memory_analysis().temp_size_in_bytes
 
     rows = 2 * G_BLOCKS * SHAPE.masks

@@ -41,7 +41,7 @@ def computed(parts, terms, ids, chunk=None):
 
     @jax.jit
     def of(adapter):
-        share = lambda a: loss.loss(a, frozen, batch, loss.totals(batch, STEP), STEP)  # noqa: E731
+        share = lambda a: loss.loss(a, frozen, batch, loss.totals(batch), STEP)  # noqa: E731
         return jax.value_and_grad(share, has_aux=True)(adapter)
 
     with jax.default_matmul_precision("highest"):

@@ -253,7 +253,7 @@ class Lesson:
         adapter = init_adapter(self.g, loss.shape, table, jax.random.key(0))
 
         def step(adapter, state, batch):
-            share = lambda a: loss.loss(a, self.frozen, batch, loss.totals(batch, STEP), STEP)  # noqa: E731
+            share = lambda a: loss.loss(a, self.frozen, batch, loss.totals(batch), STEP)  # noqa: E731
             gradient, _ = jax.grad(share, has_aux=True)(adapter)
             updates, state = tx.update(gradient, state)
             return jax.tree.map(jnp.add, adapter, updates), state
@@ -271,7 +271,7 @@ class Lesson:
         rulers = [self.loss(LossTerms(target=target), sampler) for target in ("base_soft", "data")]
         if sampler not in self.measure:
             self.measure[sampler] = jax.jit(
-                lambda a, batch: [(r.sums(a, self.frozen, batch, STEP), r.totals(batch, STEP)) for r in rulers]
+                lambda a, batch: [(r.sums(a, self.frozen, batch, STEP), r.totals(batch)) for r in rulers]
             )
         total = None
         for _, batch in zip(range(4), self.batches(), strict=False):
