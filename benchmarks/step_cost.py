@@ -11,69 +11,30 @@ large sum reaches on this machine.
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from random_model import Behind, Bytes, bandwidth, random_generator
 from rich.console import Console
 from rich.table import Table
 
-from mtp_jax.cpu import fastest_forward
 from mtp_jax.decoding.generator import Generator
-from mtp_jax.decoding.loop import Limits
+from mtp_jax.decoding.loop import Decoding
 from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import BlockPlan, parse_plan
 from mtp_jax.errors import run_command
-from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
-from mtp_jax.model.weights import PROJECTIONS, init_params, unstack_layers
-from mtp_jax.mtp.adapter import AdapterShape, init_adapter
-
-
-def bandwidth() -> float:
-    """Bytes per second that a large sum reads."""
-    x = jnp.ones(1 << 28 if jax.default_backend() != "cpu" else 1 << 26, jnp.float32)
-    total = jax.jit(jnp.sum)
-    total(x).block_until_ready()
-    times = []
-    for _ in range(7):
-        begin = time.perf_counter()
-        total(x).block_until_ready()
-        times.append(time.perf_counter() - begin)
-    return x.nbytes / min(times)
-
-
-def make(g: Geometry, masks: int, rank: int, dtype: Any, options: Options) -> Generator:
-    """A generator of random weights whose adapter has as many masks."""
-    params = jax.jit(lambda key: init_params(g, key, jnp.bfloat16))(jax.random.key(0))
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
-    shape = AdapterShape(masks, rank, 2.0 * rank, PROJECTIONS, "residual")
-    adapter = init_adapter(g, shape, params["embed"]["embedding"][:256].astype(jnp.float32), jax.random.key(1))
-    adapter = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), adapter)
-    forward = fastest_forward(Decoder(g, dtype, scanned=False), shape)
-    return Generator(forward, forward.prepare(unstack_layers(params), adapter), None, (), options)
 
 
 def step_seconds(generator: Generator, plan: BlockPlan, context: int, batch: int, steps: int, repeats: int) -> float:
     """Median seconds of one step behind `context` tokens."""
-    generator = generator.using(plan=plan)
-    slots = context + steps * (plan.drafts + 1) * (repeats + 2)
-    ids = np.random.default_rng(0).integers(1, generator.g.V, (batch, context)).astype(np.int32)
-    limits = Limits(jnp.full(batch, slots, jnp.int32), jnp.zeros(0, jnp.int32))
-    lengths = np.full(batch, context, np.int32)
-    keys = jax.vmap(jax.random.key)(jnp.arange(batch))
-    programs = generator.compile(ids, lengths, limits, slots, None, keys)
-    state = programs.prefill(generator.variables, ids, lengths, limits, None, keys)
-    times = []
+    decoding = Decoding(generator.forward, generator.options.using(plan=plan))
+    behind = Behind(generator, decoding, batch, context, steps * (plan.drafts + 1) * (repeats + 2))
+    state, times = behind.fresh(), []
     for _ in range(repeats + 1):
-        jax.block_until_ready(state.length)
-        begin = time.perf_counter()
-        state = programs.advance(generator.variables, state, limits, jnp.int32(steps), None)
-        jax.block_until_ready(state.length)
-        times.append((time.perf_counter() - begin) / steps)
+        seconds, state = behind.run(state, steps)
+        times.append(seconds / steps)
     return statistics.median(times[1:])
 
 
@@ -94,19 +55,15 @@ def main() -> None:
     g = Geometry.from_config(json.loads(a.config.read_text()))
     plans = [parse_plan(name) for name in a.plans]
     options = Options(shortlist=a.shortlist or None, one_head=a.one_head)
-    generator = make(g, max(1, *(plan.block for plan in plans)), a.rank, jnp.dtype(a.dtype), options)
-    sizes = [(str(path), leaf.nbytes) for path, leaf in jax.tree.leaves_with_path(generator.variables)]
-    adapter = sum(s for path, s in sizes if any(part in path for part in ("'mtp'", "loras", "['a']", "['b']")))
-    tables = [size for path, size in sizes if any(part in path for part in ("embed'", "'head'"))]
-    read = sum(size for _, size in sizes) - adapter - sum(tables) + tables[0]  # one whole table, that of the head
-    cache = 2 * g.L * a.batch_size * g.K * g.H * a.context * jnp.dtype(a.dtype).itemsize
+    generator = random_generator(g, max(1, *(plan.block for plan in plans)), a.rank, jnp.dtype(a.dtype), options)
+    read = Bytes(generator)
     rate = bandwidth()
     table = Table("plan", "rows", "ms per step", "against plain", "bound, ms", "of the bound")
     plain = None
     for plan in plans:
         seconds = step_seconds(generator, plan, a.context, a.batch_size, a.steps, a.repeats)
         plain = plain or seconds
-        bound = (read + cache + (adapter if plan.mask_rows else 0)) / rate
+        bound = read.of_step(plan.mask_rows, a.batch_size, a.context) / rate
         table.add_row(
             str(plan),
             str(plan.rows),

@@ -46,7 +46,11 @@ SCORE_BYTES = 256 << 20
 class LiteralPacking(MultiTokenLoss):
     """The same losses over one sequence of T + G M rows with a dense mask and LoRA times gate."""
 
-    def latents(self, trained: Any, frozen: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    def latents(self, trained: Any, frozen: Any, context: Any, blocks: Any) -> Any:
+        del trained, frozen, blocks
+        return context.kept  # they came with those of the real rows
+
+    def real_latents(self, trained: Any, frozen: Any, batch: Any) -> tuple[jax.Array, Any]:
         g, M, p = self.model.g, self.shape.masks, frozen["params"]
         tokens, positions, anchors = batch["tokens"], batch["positions"], batch["anchors"]
         (B, T), G = tokens.shape, anchors.shape[1]

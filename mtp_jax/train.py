@@ -11,6 +11,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mtp_jax.train", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file; see configs/")
     parser.add_argument("--adapter", help="start from this adapter; the same as model.adapter=...")
+    parser.add_argument("--profile", metavar="DIR", help="write a trace of a few steps, for TensorBoard or Perfetto")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="for instance train.steps=100")
     arguments = parser.parse_args()
     from mtp_jax.runs import processes
@@ -22,7 +23,7 @@ def main() -> None:
         config = load_config(arguments.config, overrides)
         from mtp_jax.training.run import train
 
-        out = train(config)
+        out = train(config, arguments.profile)
         if processes.is_first():
             print(f"{PurePath(out).name}: {out}")
 

@@ -195,8 +195,7 @@ class Decoding:
         scores = self._processed(scores, state, state.drafts, limits)
         if self.sampling is None:
             choice = likeliest(scores)
-            right = (state.drafts == choice[:, :d]) & (jnp.arange(d) < state.valid[:, None])
-            accepted = prefix(right)
+            accepted = self.accept(state, choice)
             token = jnp.take_along_axis(choice, accepted[:, None], axis=1)[:, 0]
         else:
             assert how is not None
@@ -223,6 +222,11 @@ class Decoding:
             drafts, proposed = self._drafts(variables, emitted, block, block_scores, token, keys, limits, how)
             emitted = emitted._replace(drafts=drafts, valid=valid, proposal=proposed)
         return emitted
+
+    def accept(self, state: DecodeState, choice: Int[Array, "B d+1"]) -> Int[Array, " B"]:
+        """How many drafts, from the first on, are what the base model chooses itself."""
+        d = self.plan.drafts
+        return prefix((state.drafts == choice[:, :d]) & (jnp.arange(d) < state.valid[:, None]))
 
     def _processed(
         self, scores: Float[Array, "B R V"], state: DecodeState, drafts: Int[Array, "B d"], limits: Limits

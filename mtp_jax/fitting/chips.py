@@ -30,6 +30,9 @@ CHIPS = {
     "v6e": Chip(32 << 30, 918e12, 1.64e12, 400e9, 2),
 }
 
+# Peak arithmetic of GPUs in bfloat16 without sparsity, by the vendor's data sheets, by a part of the device's name.
+GPU_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "L4": 121e12}
+
 
 def without_chip() -> None:
     """Let JAX start on a machine that has libtpu but no TPU; call before JAX is first used.
@@ -90,3 +93,11 @@ def local_chip(device: Any) -> Chip | None:
     if device.device_kind in kinds:
         return CHIPS[kinds[device.device_kind]]
     return None
+
+
+def peak_flops(device: Any) -> float | None:
+    """Peak bfloat16 arithmetic of an attached device, per second; None where it is not known."""
+    chip = local_chip(device)
+    if chip is not None:
+        return chip.flops
+    return next((flops for name, flops in GPU_FLOPS.items() if name in device.device_kind), None)

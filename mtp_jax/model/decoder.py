@@ -18,6 +18,7 @@ from mtp_jax.model.attention import Blocks, LayerCache, RealRows, attend, attend
 from mtp_jax.model.chunks import map_chunks
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.kernels import flash, misfit
+from mtp_jax.model.mask_kernel import Tiling, attend_blocks_fused
 from mtp_jax.model.projection import Matrices, Projection
 from mtp_jax.model.rope import angles, rotate
 from mtp_jax.sharding import parts_of
@@ -189,13 +190,17 @@ class Layer(nn.Module):
         real: LayerCache,
         chunk: int | None,
         parts: int,
+        tiles: Tiling | None = None,
     ) -> Float[Array, "B G M D"]:
         """Mask rows, which see the real rows' keys and values and those of their own block.
 
         The MLP takes the blocks in `parts`: in its backward pass some ten arrays of width F exist at a time.
         """
         q, k, v = self._attention_inputs(m, cos, sin, adapted=True)
-        h = attend_blocks(q, (k, v), real, blocks, keys, window, chunk)
+        if tiles is not None and real.k.shape[2] % tiles.keys == 0:
+            h = attend_blocks_fused(q, (k, v), real, blocks, keys, window, tiles)
+        else:
+            h = attend_blocks(q, (k, v), real, blocks, keys, window, chunk)
         m = self._attended(m, h, adapted=True)
         with_weights = self._mlp_weights(m.dtype, adapted=True)  # gathered once for all parts
         return map_chunks(lambda m: self._mlp(m, with_weights), m, -(-m.shape[1] // parts))
@@ -240,6 +245,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     scanned: bool = True
     attention: str = "xla"  # of real rows in whole sequences, where they fit it: "xla", "splash", "cudnn"
+    mask_tiles: Tiling | None = None  # of the kernel for mask rows, which needs the gate; None for XLA
 
     def setup(self) -> None:
         self.embed = _Table(self.g.V, self.g.D)
@@ -359,7 +365,7 @@ class Decoder(nn.Module):
         parts = -(-rows // _MLP_ROWS) if self.remat == "full" else 1
 
         def body(layer: Layer, m: Array, window: Any, real: LayerCache) -> tuple[Array, None]:
-            return layer.masks(m, cos, sin, blocks, keys, window, real, chunk, parts), None
+            return layer.masks(m, cos, sin, blocks, keys, window, real, chunk, parts, self.mask_tiles), None
 
         m, _ = self._scan(self._rematerialised(body))(self.layers, m, windows, real)
         return self.norm(m)

@@ -95,15 +95,14 @@ class MultiTokenLoss:
 
     def real(self, trained: Params, frozen: Params, batch: Any) -> tuple[Context, Sums]:
         """What mask rows need to know of the real rows, and the terms summed over real rows."""
-        gated, t = self.shape.gated, self.terms
-        base = {"params": frozen["params"]}
-        variables = base if gated else with_adapter(frozen["params"], trained, self.shape)
-        fields = batch["tokens"], batch["positions"], batch["segments"]
-        z_real, kept = self.model.apply(variables, *fields, adapted=not gated, keep=True)
+        t, base = self.terms, {"params": frozen["params"]}
+        with jax.named_scope("real_rows"):
+            z_real, kept = self.real_latents(trained, frozen, batch)
         # Gathered once for all chunks of rows.
         table = place(self.model.apply(base, method="unembedding"), "vocab", None)
         sampler = trained["mtp"].get("sampler")
 
+        @jax.named_scope("vocabulary")
         def over_rows(rows: Any) -> tuple[Sums, Array]:
             latents, tokens, labels, counted = rows
             scores = head(latents, table)
@@ -123,7 +122,16 @@ class MultiTokenLoss:
         if ids is not None:
             choice, table = index_in(ids, choice), place(table[ids], "vocab", None)
         # Targets taken from the base model are constants, also where standard LoRA moves the real rows.
-        return Context(RealRows(*fields[1:]), kept, jax.lax.stop_gradient(z_real), choice, table, ids), sums
+        return Context(
+            RealRows(batch["positions"], batch["segments"]), kept, jax.lax.stop_gradient(z_real), choice, table, ids
+        ), sums
+
+    def real_latents(self, trained: Params, frozen: Params, batch: Any) -> tuple[Float[Array, "B T D"], Any]:
+        """Latents of real rows, and the keys and values that mask rows see."""
+        gated = self.shape.gated
+        variables = {"params": frozen["params"]} if gated else with_adapter(frozen["params"], trained, self.shape)
+        fields = batch["tokens"], batch["positions"], batch["segments"]
+        return self.model.apply(variables, *fields, adapted=not gated, keep=True)
 
     def latents(self, trained: Params, frozen: Params, context: Context, blocks: Blocks) -> Float[Array, "B G m D"]:
         """Latents of mask rows."""
@@ -144,11 +152,13 @@ class MultiTokenLoss:
     ) -> Sums:
         """The terms summed over the mask rows of blocks."""
         sampler, t = trained["mtp"].get("sampler"), self.terms
-        z = self.latents(trained, frozen, context, blocks)
+        with jax.named_scope("mask_rows"):
+            z = self.latents(trained, frozen, context, blocks)
         choice, table, ids = context.choice, context.table, context.vocabulary
         if ids is not None:
             targets = targets._replace(label=index_in(ids, targets.label))
 
+        @jax.named_scope("vocabulary")
         def over_blocks(rows: tuple[Array, Targets]) -> Sums:
             latents, of = rows
             flat = of.row.reshape(len(of.row), -1)
@@ -286,7 +296,7 @@ class MultiTokenLoss:
 
     @property
     def _scores_base(self) -> bool:
-        """Whether mask rows meet the base head: where its loss weighs nothing, its figures are not worth its products."""
+        """Whether mask rows meet the base head: its figures alone are not worth its products."""
         return bool(self.terms.base_weight) or self.shape.sampler == "none"
 
     def _targets(self, batch: Any) -> tuple[Blocks, Targets]:

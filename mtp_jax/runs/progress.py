@@ -19,14 +19,14 @@ class ProgressBar:
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
+            TextColumn("loss {task.fields[loss]:.4f}{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
             disable=quiet or not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("training", total=steps, completed=start, loss=float("nan"))
+        self.task = self.bar.add_task("training", total=steps, completed=start, loss=float("nan"), rate="")
 
     def __enter__(self) -> "ProgressBar":
         self.bar.start()
@@ -35,14 +35,16 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def update(self, step: int, loss: float) -> None:
-        """Show that `step` is done."""
-        self.bar.update(self.task, completed=step, loss=loss)
+    def update(self, step: int, loss: float, flops: float, of_peak: float | None) -> None:
+        """Show that `step` is done, at so many operations per second, perhaps a known share of the devices' peak."""
+        share = "" if of_peak is None else f", {of_peak:.0%} of peak"
+        rate = f"  {flops / 1e12:.3g} TFLOP/s{share}"
+        self.bar.update(self.task, completed=step, loss=loss, rate=rate)
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.last_line > _SECONDS_BETWEEN_LINES or step == self.steps):
             self.last_line = now
             left = (now - self.begin) / max(step - self.start, 1) * (self.steps - step)
-            self.say(f"step {step}/{self.steps}  loss {loss:.4f}  {left / 60:.1f} min left")
+            self.say(f"step {step}/{self.steps}  loss {loss:.4f}{rate}  {left / 60:.1f} min left")
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -15,6 +15,7 @@ from mtp_jax.model.chunks import sum_over_chunks
 from mtp_jax.model.decoder import Decoder, head
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.kernels import PLATFORMS, misfit
+from mtp_jax.model.mask_kernel import tiling
 from mtp_jax.mtp.adapter import AdapterShape
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
 from mtp_jax.mtp.vocabulary import cross_entropy_sums, rows_at_a_time
@@ -32,7 +33,8 @@ def make_objective(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> "Nex
         UserError: an attention kernel that does not run here.
     """
     m, t = config.model, config.train
-    decoder = make_decoder(g, jnp.dtype(m.compute_dtype), t.sequence_length, mesh, m.attention, m.remat)
+    gated = config.lora is not None and config.lora.gated
+    decoder = make_decoder(g, jnp.dtype(m.compute_dtype), t.sequence_length, mesh, m.attention, m.remat, gated)
     if config.objective == "next_token":
         return NextToken(decoder, t.loss_chunk)
     assert config.mtp is not None
@@ -52,12 +54,19 @@ def make_objective(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> "Nex
 
 
 def make_decoder(
-    g: Geometry, dtype: DTypeLike, length: int, mesh: jax.sharding.Mesh, attention: str = "auto", remat: str = "none"
+    g: Geometry,
+    dtype: DTypeLike,
+    length: int,
+    mesh: jax.sharding.Mesh,
+    attention: str = "auto",
+    remat: str = "none",
+    gated: bool = False,
 ) -> Decoder:
     """The model with the attention kernel asked for, or with the one that suits the platform.
 
     Args:
         length: T, rows of a sequence.
+        gated: real rows do not depend on what is trained, so mask rows may use a kernel too.
     Raises:
         UserError: a kernel that this platform lacks, or that cannot take such sequences.
     """
@@ -71,7 +80,8 @@ def make_decoder(
             raise UserError(f"model.attention={name} {reason}; leave it at auto.")
         if attention in ("auto", name) and not reason:
             kernel = name
-    return Decoder(g, dtype, remat, attention=kernel)
+    tiles = tiling(platform, length, g.H) if gated and attention != "xla" else None
+    return Decoder(g, dtype, remat, attention=kernel, mask_tiles=tiles)
 
 
 def adapter_shape(config: Config) -> AdapterShape:

@@ -20,6 +20,7 @@ from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, Weight, abstract_params, weight_table
 from mtp_jax.mtp.adapter import adapter_table
 from mtp_jax.mtp.losses import MultiTokenLoss
+from mtp_jax.training.flops import model_flops
 from mtp_jax.training.objectives import NextToken, make_objective
 from mtp_jax.training.step import TrainState, learning_rate, make_optimizer, make_train_step
 
@@ -47,6 +48,13 @@ class Program(NamedTuple):
         if isinstance(self.objective, NextToken):
             return self.step
         return self.steps(self.objective.at(step))
+
+    def flops_at(self, step: int) -> float:
+        """Arithmetic of a step, counted from 0, by its definition (`training/flops.py`)."""
+        B, T = self.batch["tokens"].shape
+        if isinstance(self.objective, NextToken):
+            return model_flops(self.objective, B, T)
+        return model_flops(self.objective.at(step), B, T, self.batch["anchors"].shape[1])
 
     @property
     def placed(self) -> TrainState:

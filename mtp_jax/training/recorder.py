@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,11 +33,18 @@ class Recorder:
         progress: ProgressBar,
         documents: Sequence[Any],
         mask_rows: int | None,
+        flops_at: Callable[[int], float],
+        peak: float | None,
     ):
-        """`mask_rows`: trained before this start; None where they were not counted, and are not from here on."""
+        """
+        Args:
+            mask_rows: trained before this start; None where they were not counted, and are not from here on.
+            flops_at: arithmetic of a step, counted from 0, over all devices.
+            peak: arithmetic of all devices in a second; None where it is not known.
+        """
         self.config, self.metrics, self.timing = config, metrics, timing
         self.trackers, self.progress, self.documents = trackers, progress, documents
-        self.mask_rows = mask_rows
+        self.mask_rows, self.flops_at, self.peak = mask_rows, flops_at, peak
         self.pending: tuple[int, Any, Batch, float] | None = None
         self.clock = time.perf_counter()
 
@@ -65,7 +72,9 @@ class Recorder:
             raise UserError(self._not_finite(step, values, weights_finite, batch))
         seconds = time.perf_counter() - self.clock
         self.clock = time.perf_counter()
-        self.progress.update(step, values["loss"])
+        rate = self.flops_at(step - 1) / seconds
+        of_peak = None if self.peak is None else rate / self.peak
+        self.progress.update(step, values["loss"], rate, of_peak)
         so_far = {}
         if mask_rows is not None and self.mask_rows is not None:
             self.mask_rows += mask_rows
@@ -83,6 +92,8 @@ class Recorder:
                     "rows_per_second": round(batch["tokens"].size / share / seconds, 1),
                     "tokens_per_second": round(int((batch["segments"] != 0).sum()) / share / seconds, 1),
                     "input_wait_seconds": round(waited, 6),
+                    "model_tflops_per_second": round(rate / 1e12, 4),
+                    **({} if of_peak is None else {"share_of_peak": round(of_peak, 4)}),
                     **so_far,
                 }
             )

@@ -18,12 +18,14 @@ from mtp_jax.data.held_out import held_out_batches
 from mtp_jax.data.sources import check_supervision, read_sources
 from mtp_jax.errors import Interrupted, UserError, warn
 from mtp_jax.files import cache_folder, whole_or_absent
+from mtp_jax.fitting.chips import peak_flops
 from mtp_jax.model.folder_writer import parameter_count
 from mtp_jax.runs import processes
 from mtp_jax.runs.checkpoints import Checkpoints
 from mtp_jax.runs.claim import claim
 from mtp_jax.runs.folder import RunFolder
 from mtp_jax.runs.interruption import Interruption
+from mtp_jax.runs.profile import Trace
 from mtp_jax.runs.progress import ProgressBar
 from mtp_jax.runs.records import Best, Journal, Trackers, check_trackers
 from mtp_jax.training.program import build_program, check_divides
@@ -33,9 +35,11 @@ from mtp_jax.training.step import TrainState
 from mtp_jax.training.tasks import make_task
 
 
-def train(config: Config) -> str:
+def train(config: Config, profile: str | None = None) -> str:
     """Run `config`, continuing from the newest checkpoint in its output folder; returns the finished model's folder.
 
+    Args:
+        profile: a folder for a trace of a few steps, once all is compiled; it does not change the run.
     Raises:
         UserError: input that cannot be trained on, an output folder of another run, a loss that is not finite.
         Interrupted: by SIGTERM or Ctrl-C; the last step is saved.
@@ -110,6 +114,7 @@ def train(config: Config) -> str:
         with (
             ProgressBar(config.train.steps, start, quiet=not processes.is_first()) as progress,
             Interruption(mesh, progress.say) as interruption,
+            Trace(profile, start) as trace,
         ):
             if start:
                 progress.say(f"resuming {run.name()} from step {start}")
@@ -118,8 +123,15 @@ def train(config: Config) -> str:
             frozen = 0 if task.frozen is None else parameter_count(task.frozen["params"])
             progress.say(f"training {parameter_count(state.trained):,} parameters, {frozen:,} frozen")
             mask_rows = timing.at(start, "mask_rows") if start else 0
-            record = Recorder(config, metrics, timing, trackers, progress, documents, mask_rows)
+            peak = peak_flops(mesh.devices.flat[0])
+            peak = None if peak is None else peak * mesh.size
+            record = Recorder(
+                *(config, metrics, timing, trackers, progress, documents, mask_rows),
+                flops_at=program.flops_at,
+                peak=peak,
+            )
             for step in range(start + 1, config.train.steps + 1):
+                trace.before(step)
                 waited = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - waited
@@ -127,6 +139,7 @@ def train(config: Config) -> str:
                 if step == 1:
                     _check_trainable(placed, sharding.replicated(mesh))
                 state, values = program.step_at(step - 1)(state, task.frozen, placed)
+                trace.after(step, values)
                 record.step(step, values, batch, waited)  # reads the step before, while this one runs
                 stop = interruption.requested()
                 last = step == config.train.steps

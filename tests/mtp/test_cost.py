@@ -1,24 +1,30 @@
 """What a training step does not compute: nothing of the real stream twice, no LoRA on real rows, no full logits."""
 
+from math import prod
+
 import jax
 import jax.numpy as jnp
 import pytest
 from tiny import SHAPE, T, geometry, make_batch
 
 from mtp_jax.model.decoder import Decoder
-from mtp_jax.model.weights import init_params
-from mtp_jax.mtp.adapter import init_adapter
+from mtp_jax.model.weights import PROJECTIONS, init_params
+from mtp_jax.mtp.adapter import AdapterShape, init_adapter
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
+from mtp_jax.training.flops import model_flops
+from mtp_jax.training.objectives import NextToken
 
 G_BLOCKS = 5
 STEP = jnp.int32(0)
 
 
 def dots(jaxpr, times=1):
-    """Every matrix product of a program as (left shape, right shape, how often it runs)."""
+    """Every matrix product of a program as (left shape, right shape, how often it runs, its operations)."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
-            yield *(tuple(var.aval.shape) for var in eqn.invars), times
+            left, right = (tuple(var.aval.shape) for var in eqn.invars)
+            summed = prod(left[i] for i in eqn.params["dimension_numbers"][0][0])
+            yield left, right, times, 2 * times * summed * prod(eqn.outvars[0].aval.shape)
         inner = times * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else times
         for value in eqn.params.values():
             for sub in value if isinstance(value, tuple | list) else [value]:
@@ -31,7 +37,7 @@ def dots(jaxpr, times=1):
 def products_of_real_rows(program, *arguments):
     """How many products have all real rows of a layer on one side and one of its weight matrices on the other."""
     shapes = dots(jax.make_jaxpr(program)(*arguments).jaxpr)
-    return sum(times for a, b, times in shapes if len(a) == 3 and a[1] == T and len(b) == 2)
+    return sum(times for a, b, times, _ in shapes if len(a) == 3 and a[1] == T and len(b) == 2)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -64,3 +70,45 @@ def test_no_logits_of_all_rows_at_once():
 
     rows = 2 * G_BLOCKS * SHAPE.masks
     assert temporaries(6) < temporaries(10_000) - 4 * rows * 1000
+
+
+@pytest.mark.parametrize(
+    ("shape", "terms"),
+    [
+        ({}, LossTerms("base_soft")),
+        ({"vocabulary": 60}, LossTerms("base_soft", 0.0, lcm_weight=0.0)),
+        ({"sampler": "none", "targets": ("q", "v")}, LossTerms("data", 0.0)),
+        ({"gated": False}, LossTerms("data", sampler_weight=2.0)),
+    ],
+    ids=["all", "sampler over some tokens", "no sampler", "ungated"],
+)
+def test_model_flops_are_the_products_of_a_step(shape, terms):
+    """Half of the scores of real rows are masked, which the definition leaves out and plain XLA computes."""
+    g, batch = geometry(vocab_size=200, hidden_size=64, intermediate_size=96), make_batch(anchors=G_BLOCKS)
+    shape = AdapterShape(**{"masks": 3, "rank": 4, "alpha": 8.0, "targets": PROJECTIONS, "sampler": "residual"} | shape)
+    objective = MultiTokenLoss(Decoder(g), shape, terms, 1 << 20, 1 << 20)
+    params = jax.eval_shape(lambda: init_params(g, jax.random.key(0)))
+    table = jax.ShapeDtypeStruct((g.V, g.D), jnp.float32)
+    adapter = jax.eval_shape(lambda table: init_adapter(g, shape, table, jax.random.key(1)), table)
+    frozen = {"params": params}
+    if shape.vocabulary is not None:
+        frozen |= {"vocabulary": jax.ShapeDtypeStruct((shape.vocabulary,), jnp.int32)}
+
+    def loss(adapter, frozen):
+        return objective.loss(adapter, frozen, batch, objective.totals(batch), STEP)[0]
+
+    counted = sum(of for *_, of in dots(jax.make_jaxpr(jax.grad(loss))(adapter, frozen).jaxpr))
+    B = len(batch["tokens"])
+    assert 0.93 < model_flops(objective, B, T, G_BLOCKS) / counted <= 1.01
+
+
+def test_model_flops_of_the_next_token():
+    g, batch = geometry(vocab_size=200, hidden_size=64, intermediate_size=96), make_batch()
+    objective = NextToken(Decoder(g), 1 << 20)
+    params = jax.eval_shape(lambda: init_params(g, jax.random.key(0)))
+
+    def loss(params):
+        return objective.loss(params, None, batch, objective.totals(batch))[0]
+
+    counted = sum(of for *_, of in dots(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
+    assert 0.93 < model_flops(objective, len(batch["tokens"]), T) / counted <= 1.01

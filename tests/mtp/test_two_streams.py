@@ -10,6 +10,7 @@ import pytest
 from tiny import SHAPE, T, geometry, latents_of, make_batch, noisy
 
 from mtp_jax.model.decoder import Decoder
+from mtp_jax.model.mask_kernel import Tiling
 from mtp_jax.model.weights import init_params
 from mtp_jax.mtp.adapter import init_adapter
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
@@ -72,7 +73,12 @@ TOGETHER = {
         LossTerms(target="base_hard"),
         {},
     ),
-    "sampler alone, without base head and consistency": ({"anchors": 5}, SHAPE, LossTerms("base_soft", 0.0, 1.0, 0.0), {}),
+    "sampler alone, without base head and consistency": (
+        {"anchors": 5},
+        SHAPE,
+        LossTerms("base_soft", 0.0, 1.0, 0.0),
+        {},
+    ),
     "total variation by expected length, biases, tied and few targets": (
         {"anchors": 4},
         dataclasses.replace(SHAPE, targets=("q", "v")),
@@ -125,6 +131,34 @@ def test_equals_literal_packing(case, chunks):
     assert len(ours_leaves) == len(theirs_leaves)
     for (_, a), b in zip(ours_leaves, theirs_leaves, strict=True):
         near(a, b, 1e-4)
+
+
+GATED = [case for case, (_, shape, *_) in (CASES | TOGETHER).items() if shape.gated]
+KERNELS = [
+    pytest.param(case, platform, marks=() if case in ("sliding windows", *TOGETHER) else pytest.mark.slow)
+    for case in GATED
+    for platform in ("tpu", "gpu")
+]
+
+
+@pytest.mark.parametrize(("case", "platform"), KERNELS)
+def test_the_kernel_of_mask_rows_equals_xla(case, platform):
+    batch_spec, shape, terms, changes = (CASES | TOGETHER)[case]
+    g, batch = geometry(**changes), make_batch(**batch_spec)
+    with jax.default_matmul_precision("highest"):
+        params = noisy(init_params(g, jax.random.key(0)), jax.random.key(3), 0.1)
+        adapter = noisy(init_adapter(g, shape, params["embed"]["embedding"], jax.random.key(1)), jax.random.key(2), 0.2)
+
+        def of(tiles):
+            loss = MultiTokenLoss(Decoder(g, mask_tiles=tiles), shape, terms, 1024, 1024)
+            share = lambda a: loss.loss(a, {"params": params}, batch, loss.totals(batch), STEP)  # noqa: E731
+            return jax.jit(jax.value_and_grad(share, has_aux=True))(adapter)
+
+        (total, _), gradient = of(Tiling(8, 4, platform, interpret=True))
+        (their_total, _), their_gradient = of(None)
+    near(total, their_total, 1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(their_gradient), strict=True):
+        near(a, b, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -28,6 +28,7 @@ from mtp_jax.mtp import adapter_folder
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
 from mtp_jax.mtp.adapter_folder import open_adapter
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
+from mtp_jax.runs.folder import RunFolder
 from mtp_jax.training import start as start_of_runs
 from mtp_jax.training.run import _check_trainable, train
 
@@ -183,6 +184,26 @@ def test_a_run_keeps_the_draft_vocabulary_that_it_began_with(adapter_tree, base,
         adapter_tree["mtp"]["vocabulary"] = other
         with pytest.raises(UserError, match=rf"mtp\.vocabulary={other} differs from 40, which model\.adapter"):
             train(validate(adapter_tree, "tree"))
+
+
+def test_the_draft_vocabulary_counts_continuations_and_what_they_continue(adapter_tree, base, tmp_path, monkeypatch):
+    written, asked = tmp_path / "continuations.jsonl", []
+    written.write_text(json.dumps({"prompt": "ab", "completion": "cd"}) + "\n")
+    adapter_tree["data"]["continuations"] = {"path": str(written), "count": 1, "new_tokens": 4, "prompt_tokens": 4}
+    adapter_tree["mtp"]["vocabulary"] = 40
+    sources = [{**adapter_tree["data"]["sources"][0], "weight": weight} for weight in (1.0, 3.0)]
+    adapter_tree["data"]["sources"] = sources
+    config = validate(adapter_tree, "tree")
+
+    def counted(documents, shares, *_):
+        asked.append((len(documents), shares, documents[0][0].text()))
+        return np.arange(40, dtype=np.int32)
+
+    monkeypatch.setattr(start_of_runs, "frequent_tokens", counted)
+    run = RunFolder(str(tmp_path / "counted"))
+    run.path.mkdir()
+    ids = start_of_runs.draft_vocabulary(config, open_base(str(base)), None, read_sources(config.data)[0], [1.0], run)
+    assert asked == [(3, [1.0, 0.25, 0.75], "abcd")] and ids.tolist() == list(range(40))
 
 
 @pytest.mark.parametrize("ratio", [0.5, 64.0])

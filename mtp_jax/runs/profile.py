@@ -1,0 +1,36 @@
+"""A trace of a few training steps, for TensorBoard or Perfetto."""
+
+from typing import Any
+
+import jax
+
+_COMPILED, _TRACED = 2, 3  # steps before the trace, and in it
+
+
+class Trace:
+    """Use as a context, and call `before` and `after` each step; does nothing without a folder."""
+
+    def __init__(self, folder: str | None, start: int):
+        """`start`: the step that the run continues from."""
+        self.folder, self.first, self.last = folder, start + _COMPILED + 1, start + _COMPILED + _TRACED
+        self.going = False
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.going:  # the run ended before
+            jax.profiler.stop_trace()
+
+    def before(self, step: int) -> None:
+        """Begin in front of the first traced step."""
+        if self.folder is not None and step == self.first:
+            jax.profiler.start_trace(self.folder)
+            self.going = True
+
+    def after(self, step: int, values: Any) -> None:
+        """End behind the last one, once `values` are there."""
+        if self.going and step == self.last:
+            jax.block_until_ready(values)
+            jax.profiler.stop_trace()
+            self.going = False
