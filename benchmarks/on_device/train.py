@@ -21,7 +21,7 @@ from mtp_jax.training.flops import model_flops
 from mtp_jax.training.program import build_program
 from mtp_jax.training.step import TrainState
 from on_device import Cases, Setting
-from on_device.geometries import file_of, geometry
+from on_device.geometries import TINY, file_of, geometry
 
 _STEPS = 4
 
@@ -33,7 +33,7 @@ def cases(setting: Setting) -> Cases:
         title = f"{name}, {masks} masks, {blocks} anchors, attention {attention}"
         arguments = (setting, name, masks, blocks, length, attention)
         yield title, lambda arguments=arguments: measure(*arguments)
-    yield "against the literal packing", lambda: against_packing(64 if setting.tiny else 512)
+    yield "against the literal packing", lambda: against_packing(*((TINY, 64) if setting.tiny else (TRIO_17M, 512)))
 
 
 def _order(geometries: tuple[str, ...], anchors: int) -> list[tuple[str, int, int | str, str]]:
@@ -117,9 +117,9 @@ def measure(setting: Setting, name: str, masks: int, anchors: int | str, length:
     }
 
 
-def against_packing(length: int) -> dict[str, Any]:
-    """Two streams and the literal packing of all rows, in turns, in float32 with trio-17m's geometry."""
-    g = Geometry.from_config(TRIO_17M)
+def against_packing(config: dict[str, Any], length: int) -> dict[str, Any]:
+    """Two streams and the literal packing of all rows, in turns, in float32."""
+    g = Geometry.from_config(config)
     wanted = argparse.Namespace(masks=8, rank=32, batch=1, target="data", remat="full", loss_chunk=1024)
     sides = [Step(kind, g, wanted, length, length) for kind in (MultiTokenLoss, LiteralPacking)]
     times = [[side.seconds() for side in sides] for _ in range(3)]

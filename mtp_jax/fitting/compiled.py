@@ -48,10 +48,10 @@ def collectives(text: str) -> list[Collective]:
 
     A loop whose length the program does not state (decoding's) counts once.
     """
-    computations, entry = _computations(text)
+    every, entry = computations(text)
     found: list[Collective] = []
-    for name, times in _executed(computations, entry).items():
-        body = computations[name]
+    for name, times in executed(every, entry).items():
+        body = every[name]
         begun = "AsyncCollectiveStart" in " ".join(i.rest for i in body if i.op == "custom-call")
         scatters = name.startswith("all-reduce-scatter")  # how the TPU compiler writes a reduce-scatter
         for instruction in body:
@@ -89,37 +89,38 @@ def array_bytes(shape: str) -> list[int]:
     return found
 
 
-def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    computations: dict[str, list[Instruction]] = {}
+def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """The instructions of each computation of a compiled program's HLO, and the name of the one that is run."""
+    found: dict[str, list[Instruction]] = {}
     current, entry = "", ""
     for line in text.splitlines():
         if line.startswith(("%", "ENTRY")):
             current = line.removeprefix("ENTRY ").removeprefix("%").split(" ")[0]
-            computations[current] = []
+            found[current] = []
             if line.startswith("ENTRY"):
                 entry = current
         elif current and (match := _INSTRUCTION.match(line)):
-            computations[current].append(Instruction(**match.groupdict()))
-    return computations, entry
+            found[current].append(Instruction(**match.groupdict()))
+    return found, entry
 
 
-def _executed(computations: dict[str, list[Instruction]], entry: str) -> dict[str, int]:
+def executed(every: dict[str, list[Instruction]], entry: str) -> dict[str, int]:
     """How often a step runs each computation."""
     times: dict[str, int] = defaultdict(int)
 
     def visit(name: str, count: int) -> None:
         times[name] += count
-        for instruction in computations.get(name, []):
+        for instruction in every.get(name, []):
             if instruction.op == "while":
                 body = _named(instruction.rest, "body")
-                visit(body, count * _trips(computations, instruction.rest))
+                visit(body, count * _trips(every, instruction.rest))
             elif instruction.op not in ("all-reduce", "reduce-scatter", "all-reduce-start"):  # these call an addition
                 for called in _CALLED.findall(instruction.rest):
                     for inner in re.findall(r"[\w.-]+", called):
                         visit(inner, count)
 
     visit(entry, 1)
-    return {name: count for name, count in times.items() if name in computations}
+    return {name: count for name, count in times.items() if name in every}
 
 
 def _named(rest: str, attribute: str) -> str:
@@ -127,12 +128,12 @@ def _named(rest: str, attribute: str) -> str:
     return match.group(1) if match else ""
 
 
-def _trips(computations: dict[str, list[Instruction]], rest: str) -> int:
+def _trips(every: dict[str, list[Instruction]], rest: str) -> int:
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
         return int(known.group(1))
     names, limits = [_named(rest, "condition")], [1]
     while names:
-        for instruction in computations.get(names.pop(), []):
+        for instruction in every.get(names.pop(), []):
             names += [name for called in _CALLED.findall(instruction.rest) for name in re.findall(r"[\w.-]+", called)]
             if instruction.op == "constant" and instruction.shape.startswith("s32[]"):
                 limits.append(int(instruction.rest.split(")")[0]))

@@ -1,0 +1,93 @@
+"""Bytes that programs move, counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mtp_jax.fitting.traffic import traffic
+
+pytestmark = pytest.mark.quick
+
+# A loop of 7 steps over weights [7, 256, 256] of 2 bytes, as compilers write it.
+LOOP = """\
+HloModule jit_f
+
+%sliced (param_0: bf16[7,256,256], param_1: s32[], param_2: bf16[64,256]) -> f32[64,256] {
+  %param_0 = bf16[7,256,256]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %param_1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice.1 = bf16[1,256,256]{2,1,0} dynamic-slice(%param_0, %param_1, %zero, %zero), dynamic_slice_sizes={1,256,256}
+  %flat = bf16[256,256]{1,0} bitcast(%slice.1)
+  %param_2 = bf16[64,256]{1,0} parameter(2)
+  ROOT %dot.1 = f32[64,256]{1,0} convolution(%param_2, %flat), dim_labels=bf_io->bf
+}
+
+%written (param_0.1: f32[7,64,256], param_1.1: f32[64,256], param_2.1: s32[]) -> f32[7,64,256] {
+  %param_0.1 = f32[7,64,256]{2,1,0} parameter(0)
+  %param_1.1 = f32[64,256]{1,0} parameter(1)
+  %wide = f32[1,64,256]{2,1,0} bitcast(%param_1.1)
+  %param_2.1 = s32[] parameter(2)
+  %zero.1 = s32[] constant(0)
+  ROOT %update = f32[7,64,256]{2,1,0} dynamic-update-slice(%param_0.1, %wide, %param_2.1, %zero.1, %zero.1)
+}
+
+%body (arg: (s32[], bf16[7,256,256], bf16[64,256], f32[7,64,256])) -> (s32[], bf16[7,256,256], bf16[64,256], f32[7,64,256]) {
+  %arg = (s32[], bf16[7,256,256]{2,1,0}, bf16[64,256]{1,0}, f32[7,64,256]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %weights = bf16[7,256,256]{2,1,0} get-tuple-element(%arg), index=1
+  %x = bf16[64,256]{1,0} get-tuple-element(%arg), index=2
+  %kept = f32[7,64,256]{2,1,0} get-tuple-element(%arg), index=3
+  %product = f32[64,256]{1,0} fusion(%weights, %i, %x), kind=kOutput, calls=%sliced, metadata={op_name="jit(f)/while/body/transpose(attention)/dot_general"}
+  %near = f32[64,256]{1,0:T(8,128)S(1)} copy(%product), metadata={op_name="jit(f)/mlp/copy"}
+  %store = f32[7,64,256]{2,1,0} fusion(%kept, %near, %i), kind=kLoop, calls=%written
+  ROOT %out = (s32[], bf16[7,256,256]{2,1,0}, bf16[64,256]{1,0}, f32[7,64,256]{2,1,0}) tuple(%i, %weights, %x, %store)
+}
+
+%condition (arg.1: (s32[], bf16[7,256,256], bf16[64,256], f32[7,64,256])) -> pred[] {
+  %arg.1 = (s32[], bf16[7,256,256]{2,1,0}, bf16[64,256]{1,0}, f32[7,64,256]{2,1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%arg.1), index=0
+  %limit = s32[] constant(7)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (w: bf16[7,256,256], x.1: bf16[64,256]) -> f32[7,64,256] {
+  %w = bf16[7,256,256]{2,1,0} parameter(0)
+  %x.1 = bf16[64,256]{1,0} parameter(1)
+  %zero.2 = s32[] constant(0)
+  %none = f32[7,64,256]{2,1,0} broadcast(%zero.2), dimensions={}
+  %start = (bf16[64,256]{1,0:S(1)}, bf16[64,256]{1,0}, u32[]) copy-start(%x.1)
+  %done = bf16[64,256]{1,0:S(1)} copy-done(%start)
+  %all = (s32[], bf16[7,256,256]{2,1,0}, bf16[64,256]{1,0}, f32[7,64,256]{2,1,0}) tuple(%zero.2, %w, %x.1, %none)
+  %loop = (s32[], bf16[7,256,256]{2,1,0}, bf16[64,256]{1,0}, f32[7,64,256]{2,1,0}) while(%all), condition=%condition, body=%body
+  ROOT %result = f32[7,64,256]{2,1,0} get-tuple-element(%loop), index=3
+}
+"""  # noqa: E501
+ROWS, WEIGHTS = 64 * 256, 256 * 256
+
+
+def test_loops_slices_updates_and_what_stays_on_the_chip():
+    found = traffic(LOOP, ("attention", "mlp"))
+    product = 7 * (2 * WEIGHTS + 4 + 2 * ROWS + 4 * ROWS)  # one slice, the counter, the rows; float32 out
+    copied = 7 * 4 * ROWS  # read from memory, written on the chip
+    stored = 7 * (2 * 4 * ROWS + 4)  # the update is read on the chip, but in place it is written, and counted twice
+    begun = 4 * 7 * ROWS + 4
+    start = 2 * ROWS + 4
+    assert found["attention"] == product and found["mlp"] == copied
+    assert found["all"] == found["attention"] + found["mlp"] + found["other"]
+    assert found["other"] == stored + begun + start
+
+
+def test_a_compiled_program_moves_what_it_must():
+    L, D, R = 5, 256, 64
+
+    def f(x, weights):
+        def layer(x, w):
+            with jax.named_scope("mlp"):
+                return x @ w, None
+
+        return jax.lax.scan(layer, x, weights)[0]
+
+    compiled = jax.jit(f).lower(jnp.ones((R, D)), jnp.ones((L, D, D))).compile()
+    found = traffic(compiled.as_text(), ("mlp",))
+    least = L * 4 * (D * D + 2 * R * D)
+    assert least <= found["mlp"] <= 1.01 * least and found["all"] <= 3.2 * least  # the slice may be copied first
