@@ -30,7 +30,7 @@ def main() -> None:
     from rich.progress import Progress
 
     from mtp_jax.api import load
-    from mtp_jax.data.continuations import choose_prompts, count_written, sampling_of, write_continuations
+    from mtp_jax.data.continuations import by_length, choose_prompts, count_written, sampling_of, write_continuations
     from mtp_jax.data.sources import read_sources
     from mtp_jax.decoding.options import Sampling
     from mtp_jax.files import expanded
@@ -40,7 +40,7 @@ def main() -> None:
     assert config.model.path is not None
     generator = load(config.model.path, dtype=config.model.compute_dtype)
     tokenizer, context, seed = generator.tokenizer, generator.g.max_positions, config.seed
-    prompts = list(choose_prompts(sources, weights, tokenizer, wanted, context, seed))
+    prompts = by_length(list(choose_prompts(sources, weights, tokenizer, wanted, context, seed)))
     out, console = expanded(wanted.path), Console(stderr=True)
     sampled = sampling_of(wanted, seed)
     sampling = Sampling(**sampled) if sampled else None

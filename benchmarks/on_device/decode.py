@@ -36,7 +36,7 @@ class Forced(Decoding):
 
     curve: tuple[float, ...] = ()
 
-    def accept(self, state: DecodeState, choice: Int[Array, "B d+1"]) -> Int[Array, " B"]:
+    def accept(self, state: DecodeState, choice: Int[Array, "B R"]) -> Int[Array, " B"]:
         """As many drafts as one number drawn for each sequence reaches on the curve, and no more than are valid."""
         del choice
         drawn = jax.vmap(jax.random.uniform)(self._keys(state, _FORCED))

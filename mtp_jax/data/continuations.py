@@ -21,6 +21,7 @@ from mtp_jax.storage import local
 from mtp_jax.text import added_text
 
 _FRUITLESS = 1000  # consecutive documents that give no prompt, before giving up
+_WINDOW = 512  # prompts that are sorted by length, whatever the batch size is: a file is continued with any
 _CHECKED = 1000  # continuations that are compared with the tokenizer, spread evenly over the file
 _OLD_KEYS = ("prompt", "completion")
 _KEYS = (*_OLD_KEYS, "prompt_ids", "completion_ids")
@@ -94,6 +95,12 @@ def sampling_of(wanted: Continuations, seed: int) -> dict[str, Any] | None:
     if wanted.temperature is None:
         return None
     return {"temperature": wanted.temperature, "top_k": wanted.top_k, "top_p": wanted.top_p, "seed": seed}
+
+
+def by_length(prompts: list[Prompt]) -> list[Prompt]:
+    """Windows of prompts, each in order of length: a batch is padded to its longest one."""
+    windows = (prompts[at : at + _WINDOW] for at in range(0, len(prompts), _WINDOW))
+    return [prompt for window in windows for prompt in sorted(window, key=lambda prompt: len(prompt.tokens))]
 
 
 def count_written(path: Path, prompts: list[Prompt], sampling: dict[str, Any] | None = None) -> int:

@@ -223,7 +223,7 @@ class Decoding:
             emitted = emitted._replace(drafts=drafts, valid=valid, proposal=proposed)
         return emitted
 
-    def accept(self, state: DecodeState, choice: Int[Array, "B d+1"]) -> Int[Array, " B"]:
+    def accept(self, state: DecodeState, choice: Int[Array, "B R"]) -> Int[Array, " B"]:
         """How many drafts, from the first on, are what the base model chooses itself."""
         d = self.plan.drafts
         return prefix((state.drafts == choice[:, :d]) & (jnp.arange(d) < state.valid[:, None]))

@@ -11,8 +11,10 @@ from kinds import CORPUS, KINDS, texts
 from mtp_jax.api import load
 from mtp_jax.config import Continuations, Data
 from mtp_jax.config_file import validate
+from mtp_jax.data import continuations
 from mtp_jax.data.continuations import (
     Prompt,
+    by_length,
     check_continuations,
     choose_prompts,
     count_written,
@@ -94,6 +96,14 @@ def test_a_file_that_was_cut_off_is_continued_and_a_finished_one_stays(command, 
     outcome = command("regenerate", "--config", config, "--batch-size", 3)
     assert "2 of 7" in outcome.err, outcome
     assert listing(folder) == {name: whole}
+
+
+def test_prompts_of_a_window_stand_in_order_of_length(monkeypatch):
+    monkeypatch.setattr(continuations, "_WINDOW", 4)
+    prompts = [Prompt(str(i), [0] * length) for i, length in enumerate((5, 3, 5, 1, 9, 2))]
+    assert [prompt.text for prompt in by_length(prompts)] == ["3", "1", "0", "2", "5", "4"]
+    # More of them leave the windows before as they were, so that a file can grow.
+    assert by_length([*prompts, Prompt("6", [0])])[:4] == by_length(prompts)[:4]
 
 
 def test_another_files_continuations_are_not_overwritten(command, write_config, tree, tmp_path):
