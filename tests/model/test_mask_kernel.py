@@ -1,9 +1,15 @@
 """The kernels of mask rows against plain XLA, by every kind of row, and that compilers of accelerators take them."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import environment
 
 from mtp_jax.model import mask_kernel as subject
 from mtp_jax.model.attention import Blocks, LayerCache, RealRows, attend_blocks
@@ -78,6 +84,36 @@ def test_what_each_tile_reads():
                 assert (int(last) < 0) == (not seen)
                 if seen:
                     assert (int(first), int(last)) == (min(seen) // 4, max(seen) // 4)
+
+
+ON_A_MESH = """
+import jax, numpy as np
+import test_mask_kernel as t
+from mtp_jax import sharding
+from mtp_jax.config import Mesh
+q, own, real, blocks, keys = t.arrays()
+def step(q, k, v):
+    out = t.attend_blocks_fused(q, (k, v), real, blocks, keys, 5, t.Tiling(16, 8, "tpu", interpret=True))
+    return (out * out).sum()
+plain = jax.value_and_grad(step, (0, 1, 2))(q, *own)
+for data, tensor in ((2, 2), (2, 1), (1, 4)):
+    mesh = sharding.make_mesh(Mesh(data=data, fsdp=1, tensor=tensor), jax.devices()[:data * tensor])
+    with sharding.on(mesh):
+        spread = jax.jit(jax.value_and_grad(step, (0, 1, 2)))(q, *own)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+print("equal")
+"""
+
+
+def test_every_device_takes_its_sequences_and_heads():
+    """Two key/value heads over two devices, and over four, which they do not divide by."""
+    env = environment(4)
+    env["PYTHONPATH"] = os.pathsep.join(
+        [*(str(Path(__file__).parents[i]) for i in (0, 1)), *filter(None, [env.get("PYTHONPATH")])]
+    )
+    done = subprocess.run([sys.executable, "-c", ON_A_MESH], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("equal\n"), done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
