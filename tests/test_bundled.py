@@ -116,8 +116,9 @@ def test_the_demos_adapter_is_small_and_what_its_card_says():
 )
 def test_the_demos_adapter_drafts_for_its_model():
     generator = load(str(MODEL), adapter="bundled:smollm2-135m", dtype="float32")
-    question = [{"role": "user", "content": "A pen costs $2. How much do 7 pens and a book for $5 cost?"}]
-    (alone,), (drafted,) = (
-        generator.using(plan=plan)([question], max_new_tokens=48) for plan in (plain(), quadratic(4))
-    )
+    ids = [
+        generator.encode([{"role": "user", "content": "A pen costs $2. How much do 7 pens and a book for $5 cost?"}])
+    ]
+    runs = [generator.using(plan=plan).complete(ids, 48, 1) for plan in (plain(), quadratic(4))]
+    (alone,), (drafted,) = runs
     assert drafted.token_ids == alone.token_ids and drafted.tokens_per_step > 1.8

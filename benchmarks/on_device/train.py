@@ -12,12 +12,11 @@ from train_step import TRIO_17M, LiteralPacking, Step, distance, make_batch
 from mtp_jax import sharding
 from mtp_jax.config import Config
 from mtp_jax.config_file import validate
-from mtp_jax.fitting.chips import peak_flops
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import init_params
 from mtp_jax.mtp.adapter import init_adapter
 from mtp_jax.mtp.losses import MultiTokenLoss
-from mtp_jax.training.flops import model_flops
+from mtp_jax.training.flops import model_flops, peak_flops
 from mtp_jax.training.program import build_program
 from mtp_jax.training.step import TrainState
 from on_device import Cases, Setting

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mtp_jax.errors import UserError, reason
+from mtp_jax.training.flops import PEAK
 
 # Share of peak arithmetic, memory bandwidth and link bandwidth that expected times assume. A choice, not a measurement.
 EFFICIENCY = 0.4
@@ -24,14 +25,11 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v4": Chip(32 << 30, 275e12, 1.228e12, 300e9, 3),
-    "v5e": Chip(16 << 30, 197e12, 0.819e12, 200e9, 2),
-    "v5p": Chip(95 << 30, 459e12, 2.765e12, 600e9, 3),
-    "v6e": Chip(32 << 30, 918e12, 1.64e12, 400e9, 2),
+    "v4": Chip(32 << 30, PEAK["TPU v4"], 1.228e12, 300e9, 3),
+    "v5e": Chip(16 << 30, PEAK["TPU v5 lite"], 0.819e12, 200e9, 2),
+    "v5p": Chip(95 << 30, PEAK["TPU v5"], 2.765e12, 600e9, 3),
+    "v6e": Chip(32 << 30, PEAK["TPU v6 lite"], 1.64e12, 400e9, 2),
 }
-
-# Peak arithmetic of GPUs in bfloat16 without sparsity, by the vendor's data sheets, by a part of the device's name.
-GPU_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "L4": 121e12}
 
 
 def without_chip() -> None:
@@ -93,11 +91,3 @@ def local_chip(device: Any) -> Chip | None:
     if device.device_kind in kinds:
         return CHIPS[kinds[device.device_kind]]
     return None
-
-
-def peak_flops(device: Any) -> float | None:
-    """Peak bfloat16 arithmetic of an attached device, per second; None where it is not known."""
-    chip = local_chip(device)
-    if chip is not None:
-        return chip.flops
-    return next((flops for name, flops in GPU_FLOPS.items() if name in device.device_kind), None)

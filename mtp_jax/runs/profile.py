@@ -25,7 +25,9 @@ class Trace:
     def before(self, step: int) -> None:
         """Begin in front of the first traced step."""
         if self.folder is not None and step == self.first:
-            jax.profiler.start_trace(self.folder)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # it has crashed processes of many threads, and says little of the devices
+            jax.profiler.start_trace(self.folder, profiler_options=options)
             self.going = True
 
     def after(self, step: int, values: Any) -> None:

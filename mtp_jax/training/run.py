@@ -18,7 +18,6 @@ from mtp_jax.data.held_out import held_out_batches
 from mtp_jax.data.sources import check_supervision, read_sources
 from mtp_jax.errors import Interrupted, UserError, warn
 from mtp_jax.files import cache_folder, whole_or_absent
-from mtp_jax.fitting.chips import peak_flops
 from mtp_jax.model.folder_writer import parameter_count
 from mtp_jax.runs import processes
 from mtp_jax.runs.checkpoints import Checkpoints
@@ -28,6 +27,7 @@ from mtp_jax.runs.interruption import Interruption
 from mtp_jax.runs.profile import Trace
 from mtp_jax.runs.progress import ProgressBar
 from mtp_jax.runs.records import Best, Journal, Trackers, check_trackers
+from mtp_jax.training.flops import peak_flops
 from mtp_jax.training.program import build_program, check_divides
 from mtp_jax.training.recorder import Recorder
 from mtp_jax.training.start import draft_vocabulary, starting_adapter, starting_base, with_tokenizer

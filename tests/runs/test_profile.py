@@ -16,8 +16,8 @@ def lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def test_a_profiled_run_is_the_same_run(tree, finished, tmp_path, command, write_config):
-    done = command("train", "--config", write_config(tree), "--profile", tmp_path / "trace")
+def test_a_profiled_run_is_the_same_run(tree, finished, tmp_path, start, finish, write_config):
+    done = finish(start("train", "--config", write_config(tree), "--profile", tmp_path / "trace"))
     assert done.code == 0, done
     folder = Path(tree["output_dir"])
     assert (folder / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
@@ -27,7 +27,7 @@ def test_a_profiled_run_is_the_same_run(tree, finished, tmp_path, command, write
 
 def test_the_trace_holds_three_steps_once_all_is_compiled(monkeypatch):
     calls = []
-    monkeypatch.setattr("jax.profiler.start_trace", lambda folder: calls.append(folder))
+    monkeypatch.setattr("jax.profiler.start_trace", lambda folder, **_: calls.append(folder))
     monkeypatch.setattr("jax.profiler.stop_trace", lambda: calls.append("end"))
     with Trace("here", start=10) as trace:
         for step in range(11, 20):
