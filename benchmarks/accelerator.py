@@ -51,6 +51,12 @@ def main() -> None:
         raise UserError(f"--minutes {a.minutes}: should be more than 0.")
     if a.adapter is None and "adapter" in (a.parts or ()):
         raise UserError("--parts adapter: give a training config with --adapter.")
+    if a.out.exists() and not a.out.is_dir():
+        raise UserError(f"--out {a.out}: is a file; name a folder.")
+    if a.adapter:
+        from mtp_jax.config_file import load_config
+
+        load_config(a.adapter, [])
     if a.geometry:
         from on_device.geometries import geometry
 

@@ -97,6 +97,8 @@ def test_a_failure_costs_one_case(subject, tmp_path, monkeypatch, capsys):
         (["--minutes", "0"], "--minutes 0.0: should be more than 0."),
         (["--parts", "adapter"], "--parts adapter: give a training config with --adapter."),
         (["--geometry", "70x"], "--geometry 70x: should be 1b, 8b or a config.json."),
+        (["--out", __file__], f"--out {__file__}: is a file; name a folder."),
+        (["--adapter", "none.yaml"], "none.yaml: the config cannot be read (No such file or directory)."),
     ],
 )
 def test_bad_input(subject, tmp_path, monkeypatch, words, said):

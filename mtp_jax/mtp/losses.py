@@ -122,9 +122,8 @@ class MultiTokenLoss:
         if ids is not None:
             choice, table = index_in(ids, choice), place(table[ids], "vocab", None)
         # Targets taken from the base model are constants, also where standard LoRA moves the real rows.
-        return Context(
-            RealRows(batch["positions"], batch["segments"]), kept, jax.lax.stop_gradient(z_real), choice, table, ids
-        ), sums
+        keys, constant = RealRows(batch["positions"], batch["segments"]), jax.lax.stop_gradient(z_real)
+        return Context(keys, kept, constant, choice, table, ids), sums
 
     def real_latents(self, trained: Params, frozen: Params, batch: Any) -> tuple[Float[Array, "B T D"], Any]:
         """Latents of real rows, and the keys and values that mask rows see."""

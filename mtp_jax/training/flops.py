@@ -3,6 +3,7 @@
 Rows that are computed twice to save memory count once, and norms, softmax and other work that is no product not at all.
 """
 
+import re
 from math import prod
 from typing import Any
 
@@ -11,14 +12,15 @@ from mtp_jax.mtp.adapter import adapter_table
 from mtp_jax.mtp.losses import MultiTokenLoss
 from mtp_jax.training.objectives import NextToken
 
-# Peak bfloat16 arithmetic without sparsity in a second, by the vendors' data sheets, by a part of the device's name.
-PEAK = {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12}
-PEAK |= {"H200": 989e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "L4": 121e12}
+# Peak bfloat16 arithmetic without sparsity in a second, by the vendors' data sheets, by words of the device's name; of
+# several that are in a name, the first counts.
+PEAK = {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12}
+PEAK |= {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "L4": 121e12}
 
 
 def peak_flops(device: Any) -> float | None:
     """Peak bfloat16 arithmetic of a device in a second; None where it is not known."""
-    return next((flops for name, flops in PEAK.items() if name in device.device_kind), None)
+    return next((flops for name, flops in PEAK.items() if re.search(rf"\b{name}\b", device.device_kind)), None)
 
 
 def model_flops(

@@ -1,6 +1,7 @@
 """What a training step does not compute: nothing of the real stream twice, no LoRA on real rows, no full logits."""
 
 from math import prod
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import PROJECTIONS, init_params
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
-from mtp_jax.training.flops import model_flops
+from mtp_jax.training.flops import model_flops, peak_flops
 from mtp_jax.training.objectives import NextToken
 
 G_BLOCKS = 5
@@ -112,3 +113,19 @@ def test_model_flops_of_the_next_token():
 
     counted = sum(of for *_, of in dots(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
     assert 0.93 < model_flops(objective, len(batch["tokens"]), T) / counted <= 1.01
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("NVIDIA L40S", None),  # no L4
+        ("cpu", None),
+    ],
+)
+def test_the_peak_of_a_device(name, peak):
+    assert peak_flops(SimpleNamespace(device_kind=name)) == peak
