@@ -1,13 +1,15 @@
 """The block plan with the most expected tokens per second on this machine, from a short calibration.
 
 It measures the cost of a step by its number of rows, and acceptance by depth; from both follows what any plan gives.
-The most promising ones are run, and the fastest of those is taken. The choice is kept on disk per model, adapter,
-batch, device and build of the forward pass.
+The most promising ones are run, and the fastest of those is taken. Acceptance is counted on all prompts, once, as it
+does not vary; costs are timed in turns on as few prompts as can be timed well, so that large models do not take long.
+The choice is kept on disk per model, adapter, batch, device and build of the forward pass.
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mtp_jax.decoding.generator import Completion, Generator
+from mtp_jax.decoding.generator import Completion, Generator, tokens_per_step
 from mtp_jax.decoding.plan import BlockPlan, linear, parse_plan, plain, quadratic
 from mtp_jax.errors import UserError
 from mtp_jax.files import cache_folder, read_json
@@ -23,6 +25,8 @@ from mtp_jax.files import cache_folder, read_json
 CACHE = "~/.cache/mtp_jax/plans"
 _DRAFTS = (1, 2, 3, 4, 6, 8)
 _ROUNDS, _FINAL_ROUNDS = 3, 7
+_ENOUGH = 0.5  # seconds of plain decoding that are timed at a time, at least
+_COUNTED = 4  # masks of the quadratic plan that acceptance is first counted with
 _HOPELESS = 0.8  # of the best plan's tokens per second: deeper quadratic plans are then left out
 _FINALISTS = 3  # plans judged only by the cost model that are run before the choice
 
@@ -97,49 +101,40 @@ def choose_plan(
             return Choice(parse_plan(stored["plan"]), stored["one_head"], stored["expected"])
     prompts = prompts[: max(8, batch_size)]
     prompts = (prompts * batch_size)[: -(-len(prompts) // batch_size) * batch_size]  # whole batches
+    few, head = prompts[:batch_size], False
 
-    def run(plan: BlockPlan, one_head: bool | None = None) -> list[Completion]:
+    def run(plan: BlockPlan, one_head: bool | None = None, on: list[list[int]] | None = None) -> list[Completion]:
         options = {"plan": plan, "one_head": head if one_head is None else one_head}
-        return generator.using(**options).complete(prompts, new_tokens, batch_size)
+        return generator.using(**options).complete(few if on is None else on, new_tokens, batch_size)
 
     def cost(done: list[Completion]) -> float:
         """Seconds of a step: a batch goes on until its last sequence ends."""
         batches = [done[at : at + batch_size] for at in range(0, len(done), batch_size)]
         return sum(batch[0].seconds for batch in batches) / max(sum(max(c.steps for c in b) for b in batches), 1)
 
-    def speed(done: list[Completion]) -> float:
-        """Tokens per second and sequence."""
-        return sum(len(c.token_ids) - 1 for c in done) / sum(c.seconds for c in done)
-
     seconds: dict[BlockPlan, float] = {}
-    expected: dict[str, float] = {}
-    survives = np.zeros(0)
 
     def measure(plans: list[BlockPlan], count: int = _ROUNDS) -> None:
         """As multiples of what plain decoding took in the same round: machines slow down and speed up by the minute."""
-        nonlocal survives
         together = [plain(), *(plan for plan in plans if plan != plain())]
         for plan in together:
             run(plan)  # compiles
-        rounds = [{plan: run(plan) for plan in together} for _ in range(count)]
-        seconds.setdefault(plain(), statistics.median(cost(done[plain()]) for done in rounds))
-        expected.setdefault(str(plain()), statistics.median(speed(done[plain()]) for done in rounds))
+        rounds = [{plan: cost(run(plan)) for plan in together} for _ in range(count)]
+        seconds.setdefault(plain(), statistics.median(taken[plain()] for taken in rounds))
         for plan in together[1:]:
-            share = statistics.median(cost(done[plan]) / cost(done[plain()]) for done in rounds)
-            seconds[plan] = share * seconds[plain()]
-            gain = statistics.median(speed(done[plan]) / speed(done[plain()]) for done in rounds)
-            expected[str(plan)] = gain * expected[str(plain())]
-            found = survival(rounds[0][plan])
-            if len(set(plan.masks)) == 1 and not plan.floating and len(found) > len(survives):
-                survives = found
+            seconds[plan] = statistics.median(taken[plan] / taken[plain()] for taken in rounds) * seconds[plain()]
 
     def rate(plan: BlockPlan, step: float) -> float:
         return expected_tokens(plan, survives) / step
 
+    run(plain())  # compiles
+    few = prompts[: batch_size * math.ceil(_ENOUGH / max(run(plain())[0].seconds, 1e-6))]
     choosable = generator.shape.vocabulary is None  # with a draft vocabulary one product is no choice
     head = choosable and _one_head_is_faster(lambda one_head: cost(run(quadratic(1), one_head)))
-    measure([quadratic(1)])
-    for d in (d for d in _DRAFTS[1:] if d <= generator.shape.masks):
+    survives = survival(run(quadratic(min(_COUNTED, generator.shape.masks)), on=prompts))
+    for d in (d for d in _DRAFTS if d <= generator.shape.masks):
+        if d > len(survives):
+            survives = survival(run(quadratic(d), on=prompts))
         measure([quadratic(d)])
         best = max(rate(plan, step) for plan, step in seconds.items())
         if rate(quadratic(d), seconds[quadratic(d)]) < _HOPELESS * best:
@@ -151,9 +146,13 @@ def choose_plan(
         if plan.drafts <= len(survives)
     }
     ranked = sorted(predicted, key=lambda plan: -predicted[plan])[:_FINALISTS]
-    leaders = sorted(seconds, key=lambda plan: -expected[str(plan)])[:2]
-    measure(list(dict.fromkeys([*ranked, *leaders])), _FINAL_ROUNDS)
-    chosen = max(seconds, key=lambda plan: expected[str(plan)])
+    leaders = sorted(seconds, key=lambda plan: -rate(plan, seconds[plan]))[:2]
+    finalists = list(dict.fromkeys([*ranked, *leaders]))
+    measure(finalists, _FINAL_ROUNDS)
+    written = {plan: tokens_per_step(run(plan, on=prompts)) for plan in finalists}
+    rates = {plan: written[plan] / step if plan in written else rate(plan, step) for plan, step in seconds.items()}
+    chosen = max(rates, key=lambda plan: rates[plan])
+    expected = {str(plan): of for plan, of in rates.items()}
     if chosen.mask_rows and choosable:
         head = _one_head_is_faster(lambda one_head: cost(run(chosen, one_head)))
     if kept is not None:
