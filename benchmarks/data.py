@@ -74,9 +74,10 @@ def write_records(file: Path, count: int) -> None:
 def measure(a: argparse.Namespace) -> None:
     """Read, tokenise and pack every record once."""
     from mtp_jax.config import Data, Source
-    from mtp_jax.data.batches import Anchors, training_batches
+    from mtp_jax.data.batches import training_batches
     from mtp_jax.data.sources import read_sources
     from mtp_jax.model.base import open_base
+    from mtp_jax.mtp.blocks import Anchors
 
     tokenizer = open_base(a.model).tokenizer
     before = memory()

@@ -18,7 +18,6 @@ from rich.table import Table
 from mtp_jax import sharding
 from mtp_jax.api import generator as generator_of
 from mtp_jax.config import Mesh
-from mtp_jax.data.batches import Anchors
 from mtp_jax.data.held_out import held_out_batches
 from mtp_jax.decoding.forward import XlaForward
 from mtp_jax.decoding.generator import Generator
@@ -29,6 +28,7 @@ from mtp_jax.model.base import Base, open_base
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import Params, unstack_layers
 from mtp_jax.mtp.adapter_folder import Adapter, open_adapter
+from mtp_jax.mtp.blocks import Anchors
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
 from mtp_jax.training import report
 

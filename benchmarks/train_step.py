@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                      the comparison, with all anchors and with T/8 of them
     python benchmarks/train_step.py --table              two streams alone, over T and G
+    python benchmarks/train_step.py --rows               mask rows of noise against learned ones, both without sampler
 
 Both sides have the same geometry (trio-17m's by default, random weights), remat, losses and chunks, hold as many
 attention scores at a time, and compute the gradient of the adapter. Memory is what the compiler reserves for
@@ -24,7 +25,7 @@ from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.rope import angles, rotate
 from mtp_jax.model.weights import PROJECTIONS, init_params
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
-from mtp_jax.mtp.blocks import choose_anchors, hash_positions
+from mtp_jax.mtp.blocks import Noise, choose_anchors, hash_positions, noise_ids
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
 
 TRIO_17M = {
@@ -46,8 +47,8 @@ SCORE_BYTES = 256 << 20
 class LiteralPacking(MultiTokenLoss):
     """The same losses over one sequence of T + G M rows with a dense mask and LoRA times gate."""
 
-    def latents(self, trained: Any, frozen: Any, context: Any, blocks: Any) -> Any:
-        del trained, frozen, blocks
+    def latents(self, trained: Any, frozen: Any, context: Any, blocks: Any, noise: Any) -> Any:
+        del trained, frozen, blocks, noise
         return context.kept  # they came with those of the real rows
 
     def real_latents(self, trained: Any, frozen: Any, batch: Any) -> tuple[jax.Array, Any]:
@@ -141,17 +142,29 @@ def make_batch(B: int, T: int, G: int | None, V: int) -> dict[str, Any]:
 class Step:
     """The compiled gradient of one side."""
 
-    def __init__(self, kind: type[MultiTokenLoss], g: Geometry, arguments: argparse.Namespace, T: int, G: int):
-        shape = AdapterShape(arguments.masks, arguments.rank, 2.0 * arguments.rank, PROJECTIONS, "residual")
+    def __init__(
+        self,
+        kind: type[MultiTokenLoss],
+        g: Geometry,
+        arguments: argparse.Namespace,
+        T: int,
+        G: int,
+        sampler: str = "residual",
+        noise: Noise | None = None,
+    ):
+        shape = AdapterShape(arguments.masks, arguments.rank, 2.0 * arguments.rank, PROJECTIONS, sampler, noise=noise)
         chunk = max(1, SCORE_BYTES // (4 * arguments.batch * g.N * shape.masks * T))
         terms = LossTerms(target=arguments.target)
         loss = kind(Decoder(g, remat=arguments.remat), shape, terms, arguments.loss_chunk, chunk)
         self.batch = make_batch(arguments.batch, T, G, g.V)
+        if noise is not None:
+            hashes = hash_positions(0, 0, 0, np.arange(self.batch["anchors"].size))
+            self.batch["noise"] = noise_ids(hashes, shape.masks, noise).reshape(*self.batch["anchors"].shape, -1)
         self.frozen = {"params": init_params(g, jax.random.key(0))}
         table = self.frozen["params"]["embed"]["embedding"]
         self.trained = init_adapter(g, shape, table, jax.random.key(1))
-        noise = jax.random.key(2)  # B is not zero, so that every gradient is exercised
-        self.trained = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(noise, x.shape), self.trained)
+        key = jax.random.key(2)  # B is not zero, so that every gradient is exercised
+        self.trained = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(key, x.shape), self.trained)
 
         def gradient(trained: Any, frozen: Any, batch: Any) -> Any:
             step = jnp.int32(0)
@@ -189,6 +202,7 @@ def main() -> None:
     parser.add_argument("--loss-chunk", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--rows", action="store_true")
     arguments = parser.parse_args()
     g = Geometry.from_config(TRIO_17M)
     console, T = Console(width=120), arguments.length
@@ -207,6 +221,17 @@ def main() -> None:
                     f"{step.temporaries / 1e6:.0f}",
                     f"{step.flops / 1e9:.1f}",
                 )
+        console.print(table)
+        return
+
+    if arguments.rows:
+        table = Table("T", "G", "learned rows, seconds", "noise rows, seconds", "noise / learned")
+        for G in (T, T // 8):
+            sides = [Step(MultiTokenLoss, g, arguments, T, G, "none", rows) for rows in (None, Noise(0, g.V))]
+            times = [[side.seconds() for side in sides] for _ in range(arguments.repeats)]
+            learned, noise = (statistics.median(side) for side in zip(*times, strict=True))
+            ratio = statistics.median(second / first for first, second in times)
+            table.add_row(str(T), str(G), f"{learned:.3f}", f"{noise:.3f}", f"{ratio:.3f}")
         console.print(table)
         return
 

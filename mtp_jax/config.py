@@ -98,10 +98,19 @@ class TermWeights(_Section):
     lcm: float = Field(default=1.0, ge=0)
 
 
+class NoiseIds(_Section):
+    """Token ids that mask rows are drawn from: low, ..., high - 1."""
+
+    low: int = Field(default=0, ge=0)
+    high: int | None = Field(default=None, ge=1)  # null for the model's vocab_size
+
+
 class Mtp(_Section):
     """Multi-token prediction: masks, sampler head and losses."""
 
     masks: int = Field(default=8, ge=1)  # M
+    rows: Literal["learned", "noise"] = "learned"  # what mask rows hold: trained embeddings, or those of random tokens
+    noise: NoiseIds | None = None  # with rows: noise; null for all tokens
     sampler: Literal["paper", "residual", "none"] = "residual"
     target: Literal["data", "base_hard", "base_soft", "total_variation"] = "base_soft"
     weights: TermWeights = TermWeights()
@@ -212,6 +221,23 @@ def _objective_fits(c: Any) -> Iterator[str]:
         yield f"train.anchors={c.train.anchors} should be from 1 to train.sequence_length, or 'all'."
 
 
+def _noise_rows_stand_alone(c: Any) -> Iterator[str]:
+    if c.mtp is None:
+        return
+    if c.mtp.rows == "learned":
+        if c.mtp.noise is not None:
+            yield "mtp.noise belongs to mtp.rows: noise, and the rows are learned."
+        return
+    if c.mtp.sampler != "none":
+        yield f"mtp.rows: noise is for engines, which have no sampler head: set mtp.sampler={c.mtp.sampler} to none."
+    if c.mtp.vocabulary is not None:
+        yield "mtp.rows: noise is for engines, which draft from all tokens: unset mtp.vocabulary."
+    if c.lora is not None and not c.lora.gated:
+        yield "mtp.rows: noise trains the LoRA alone, behind its gate: set lora.gated to true."
+    if c.mtp.noise is not None and c.mtp.noise.high is not None and c.mtp.noise.low >= c.mtp.noise.high:
+        yield f"mtp.noise: low={c.mtp.noise.low} should be below high={c.mtp.noise.high}; high itself is not drawn."
+
+
 def _sampling_has_temperature(c: Any) -> Iterator[str]:
     wanted = c.data.continuations
     if wanted is None or wanted.temperature is not None:
@@ -253,6 +279,7 @@ def _mesh_sizes(c: Any) -> Iterator[str]:
 RULES = (
     _one_model,
     _objective_fits,
+    _noise_rows_stand_alone,
     _sampling_has_temperature,
     _parts_divide,
     _steps_after_warmup,

@@ -138,6 +138,7 @@ def test_defaults_are_right_values():
 # ---- contradictions
 
 
+NOISE, NOISY = {"objective": "multi_token"}, {"masks": 2, "rows": "noise", "sampler": "none"}
 CONTRADICTIONS = [
     ({"model": {}}, "exactly one of model.path"),
     ({"model__scratch": {"config": {}, "tokenizer": "t"}}, "exactly one of model.path"),
@@ -158,6 +159,11 @@ CONTRADICTIONS = [
         },
         "data.continuations.top_p belongs to sampling",
     ),
+    ({**NOISE, "mtp": {"masks": 2, "noise": {"low": 3}}}, "mtp.noise belongs to mtp.rows: noise"),
+    ({**NOISE, "mtp": {"masks": 2, "rows": "noise"}}, "mtp.rows: noise is for engines, which have no sampler head"),
+    ({**NOISE, "mtp": NOISY | {"vocabulary": 40}}, "mtp.rows: noise is for engines, which draft from all tokens"),
+    ({**NOISE, "mtp": NOISY, "lora": {"gated": False}}, "mtp.rows: noise trains the LoRA alone"),
+    ({**NOISE, "mtp": NOISY | {"noise": {"low": 9, "high": 9}}}, "mtp.noise: low=9 should be below high=9"),
     ({"mesh__data": 0}, "mesh sizes"),
     ({"mesh__fsdp": -1}, "mesh sizes"),
     ({"mesh__tensor": -2}, "mesh sizes"),

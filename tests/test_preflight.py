@@ -26,9 +26,11 @@ def planned(tree, llama_config, tmp_path):
     }
 
 
-def test_it_fits_this_machine(planned, write_config, command):
-    ended = command("preflight", "--config", write_config(planned))
-    assert ended.code == 0, ended
+@pytest.mark.parametrize("rows", [{}, {"rows": "noise", "sampler": "none"}], ids=["learned", "noise"])
+def test_it_fits_this_machine(planned, write_config, command, rows):
+    planned["mtp"] |= rows
+    ended = command("preflight", "--config", write_config(planned), "--decode", "--slots", "64")
+    assert ended.code == 0 and "decoding quadratic:2" in ended.out, ended
     for part in (
         "training on this machine's cpu, 1 chip (data=1, fsdp=1, tensor=1): fits",
         "TFLOP",

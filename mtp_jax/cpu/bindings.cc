@@ -62,6 +62,8 @@ ffi::Error Layers(ffi::ThreadPool pool, Ids tokens, ffi::AnyBuffer embedding, Ma
   step.start = start.typed_data(), step.seen = seen.typed_data(), step.epsilon = *attrs.get<float>("epsilon");
   step.B = latents->dimensions()[0], step.R = latents->dimensions()[1], step.D = latents->dimensions()[2];
   step.real = tokens.dimensions()[1], step.latents = latents->typed_data();
+  int64_t masks_of_one = (step.R - step.real) * step.D;
+  if (static_cast<int64_t>(masks.element_count()) > masks_of_one) step.masks_stride = masks_of_one;
   for (size_t i = 0; i < kinds.size(); ++i) {
     mtp_jax::Layer layer;
     layer.kind = kinds[i];

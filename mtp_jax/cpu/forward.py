@@ -44,7 +44,7 @@ class CpuForward:
         if "vocabulary" in adapter:
             ids = variables["vocabulary"] = jnp.asarray(adapter["vocabulary"])
             variables["draft_head"] = pack(head[ids].T)
-        return variables | {"mtp": drafting_weights(adapter["mtp"], self.model.dtype)}
+        return variables | {"mtp": drafting_weights(adapter, self.model.dtype)}
 
     def _layer(self, params: Params, lora: Params | None, layer: int) -> PanelLayer:
         norms = ("attention_norm", "mlp_norm", *(("q_norm", "k_norm") if self.model.g.qk_norm else ()))

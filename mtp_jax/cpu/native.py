@@ -94,7 +94,7 @@ _FIXED = 10  # arguments of the call for all layers before those of the first
 def layers(
     tokens: Int[Array, "B real"],
     embedding: Array,
-    masks: Float[Array, "Q D"],
+    masks: Float[Array, "Q D"] | Float[Array, "B Q D"],
     rows: StepRows,
     weights: Sequence[PanelLayer],
     norm: Float[Array, " D"],
@@ -107,7 +107,7 @@ def layers(
     Args:
         tokens: of the real rows, whose keys and values are written.
         embedding: the table [V, D], float32, or bfloat16 numbers as uint16.
-        masks: embeddings of the rows behind them, which meet the LoRA.
+        masks: embeddings of the rows behind them, which meet the LoRA; of all sequences alike, or of each its own.
         norm: scale of the final norm.
         kinds: which visibility of `rows` each layer has.
     Returns:
@@ -129,12 +129,12 @@ def layers(
     shape |= {f"offsets{i}": lora.offsets if lora else () for i, lora in enumerate(first.loras)}
     shape |= {"kinds": tuple(kinds), "with_bias": tuple(bias is not None for bias in first.biases)}
     caches = [jax.ShapeDtypeStruct(part.shape, part.dtype) for of_layer in cache for part in of_layer]
-    (B, real), (Q, D) = tokens.shape, masks.shape
+    (B, real), (Q, D) = tokens.shape, masks.shape[-2:]
     latents = jax.ShapeDtypeStruct((B, real + Q, D), jnp.float32)
     call = jax.ffi.ffi_call("mtp_jax_layers", (latents, *caches), input_output_aliases=alias)
     visible = (rows.low, rows.high, rows.own)
     y, *written = call(
-        *(tokens, embedding, masks, rows.cos, rows.sin, *visible, rows.start, norm, *arguments),
+        *(tokens, embedding, masks.reshape(-1, D), rows.cos, rows.sin, *visible, rows.start, norm, *arguments),
         **{name: _numbers(numbers) for name, numbers in shape.items()},
         head_norms=np.int64(len(first.norms) > 2),
         epsilon=np.float32(epsilon),

@@ -115,6 +115,7 @@ struct Step {
   const bool* seen = nullptr;
   float epsilon = 0;
   int64_t B = 0, R = 0, real = 0, D = 0, K = 0, S = 0, H = 0;
+  int64_t masks_stride = 0;  // between sequences; 0 where they share one set
   std::vector<Layer> layers;
   float* latents = nullptr;  // what is computed
 
@@ -122,7 +123,7 @@ struct Step {
     int64_t rows = B * R;
     for (int64_t b = 0; b < B; ++b) {
       for (int64_t r = 0; r < real; ++r) embedding.copy(tokens[b * real + r], D, latents + (b * R + r) * D);
-      std::copy_n(masks, (R - real) * D, latents + (b * R + real) * D);
+      std::copy_n(masks + b * masks_stride, (R - real) * D, latents + (b * R + real) * D);
     }
     thread_local std::vector<float> normed, projected, attended, gates, gated, own_keys, own_values;
     for (const Layer& layer : layers) {

@@ -4,7 +4,6 @@ import itertools
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import grain
@@ -16,26 +15,27 @@ from mtp_jax.data.documents import Document
 from mtp_jax.data.packing import Arrays, Lane, LaneState, Prepared, TooLong, prepare
 from mtp_jax.data.tokens import Encoder
 from mtp_jax.errors import UserError
-from mtp_jax.mtp.blocks import hash_positions
+from mtp_jax.mtp.blocks import Anchors, Noise, hash_positions
 
 _DEFAULT_ANCHORS = 64
 _BATCHES_AHEAD = 4
 
 
-@dataclass(frozen=True)
-class Anchors:
-    """How many blocks of masks a sequence has: `count`, chosen by hash, or one behind every row (None)."""
-
-    count: int | None
-    seed: int
-
-
-def anchors_of(config: Config) -> Anchors | None:
-    """What a config asks for; None where it trains without blocks."""
-    if config.objective == "next_token":
+def anchors_of(config: Config, V: int) -> Anchors | None:
+    """What a config asks for of a model with V tokens; None where it trains without blocks."""
+    if config.mtp is None:
         return None
-    count = _DEFAULT_ANCHORS if config.train.anchors is None else config.train.anchors
-    return Anchors(None if isinstance(count, str) else min(count, config.train.sequence_length), config.seed)
+    asked = _DEFAULT_ANCHORS if config.train.anchors is None else config.train.anchors
+    count = None if isinstance(asked, str) else min(asked, config.train.sequence_length)
+    return Anchors(count, config.seed, noise_of(config, V), config.mtp.masks)
+
+
+def noise_of(config: Config, V: int) -> Noise | None:
+    """What a config's mask rows hold: noise from so many of a model's V tokens, or None for learned embeddings."""
+    if config.mtp is None or config.mtp.rows == "learned":
+        return None
+    ids = config.mtp.noise
+    return Noise(0, V) if ids is None else Noise(ids.low, V if ids.high is None else ids.high)
 
 
 class Batch(TypedDict):
@@ -48,6 +48,7 @@ class Batch(TypedDict):
     segments: np.ndarray  # [B, T] int32
     documents: np.ndarray  # [B, T] int64, which document a token is from
     anchors: NotRequired[np.ndarray]  # [B, G] int32, rows with a block of masks behind them; -1 for none
+    noise: NotRequired[np.ndarray]  # [B, G, M] int32, token ids whose embeddings these blocks hold
 
 
 def training_batches(
@@ -275,13 +276,12 @@ class _Lanes(grain.DatasetIterator):
             if isinstance(stream, Stream)
         }
         read = _Prepare(self.sources, self.names, self.rows, self.length, self.too_long, readers)
-        anchors = None if self.rows.anchors is None else self.rows.anchors.count
         # Reading ahead in threads keeps the order, so the state stays exact.
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
         lanes = {}
         for b, state in self.start.states.items():
             documents = self.draws[b :: self.start.batch_size].map(read)
-            lanes[b] = Lane(documents, self.length, anchors, state, ahead)
+            lanes[b] = Lane(documents, self.length, self.rows.anchors, state, ahead)
         return lanes
 
     def _places(self, source: int) -> Iterator[int]:

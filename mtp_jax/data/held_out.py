@@ -6,11 +6,11 @@ from typing import Any
 import grain
 import numpy as np
 
-from mtp_jax.data.batches import Anchors, Batch, DocumentRows
+from mtp_jax.data.batches import Batch, DocumentRows
 from mtp_jax.data.documents import Document
 from mtp_jax.data.packing import Arrays
 from mtp_jax.data.tokens import Encoder
-from mtp_jax.mtp.blocks import choose_anchors
+from mtp_jax.mtp.blocks import Anchors, add_blocks
 
 
 class _Windows(grain.transforms.Map):
@@ -19,10 +19,10 @@ class _Windows(grain.transforms.Map):
     def __init__(self, anchors: Anchors | None):
         self.anchors = anchors
 
-    def map(self, packed: Arrays) -> Batch:
+    def map(self, packed: Arrays) -> Arrays:
         segments, last = packed["tokens_segment_ids"], slice(None, -1)
         inside = (segments[:-1] == segments[1:]) & (segments[1:] != 0)
-        rows: Batch = {
+        rows: Arrays = {
             "tokens": packed["tokens"][last],
             "labels": packed["labels"][last],
             "supervised": inside & packed["supervised"][last],
@@ -31,8 +31,8 @@ class _Windows(grain.transforms.Map):
             "documents": packed["documents"][last],
         }
         if self.anchors is not None:
-            hashes = packed["hashes"][last]
-            rows["anchors"] = choose_anchors(hashes, rows["supervised"], rows["segments"], self.anchors.count)
+            rows["hashes"] = packed["hashes"][last]
+            add_blocks(rows, self.anchors)
         return rows
 
 
@@ -64,7 +64,7 @@ def held_out_batches(
         short = batch_size - len(batch["tokens"])
         fill = {"anchors": -1}
         yield {  # type: ignore[misc]
-            key: np.pad(value, ((0, short), (0, 0)), constant_values=fill.get(key, 0))[part]
+            key: np.pad(value, ((0, short), *((0, 0),) * (value.ndim - 1)), constant_values=fill.get(key, 0))[part]
             for key, value in batch.items()
         }
 

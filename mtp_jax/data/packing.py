@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mtp_jax.errors import UserError
-from mtp_jax.mtp.blocks import choose_anchors
+from mtp_jax.mtp.blocks import Anchors, add_blocks
 
 Arrays = dict[str, np.ndarray]
 TooLong = Literal["split", "cut", "drop"]
@@ -65,12 +65,12 @@ class Lane:
     The oldest piece comes first, then repeatedly the longest that still fits.
     """
 
-    def __init__(self, documents: Any, length: int, anchors: int | None, state: LaneState, ahead: Any):
+    def __init__(self, documents: Any, length: int, anchors: Anchors | None, state: LaneState, ahead: Any):
         """
         Args:
             documents: A grain.MapDataset of `Prepared`, endless.
             length: T.
-            anchors: How many to choose for a sequence where documents have `hashes`; None for all.
+            anchors: What blocks a sequence gets; None for none.
             state: Where to continue.
             ahead: grain.ReadOptions.
         """
@@ -119,13 +119,13 @@ class Lane:
         return join(chosen, self.length, self.anchors)
 
 
-def join(pieces: list[Arrays], length: int, anchors: int | None) -> Arrays:
-    """Pieces side by side, numbered from 1 in `segments`, then padding; with anchors where rows have `hashes`."""
+def join(pieces: list[Arrays], length: int, anchors: Anchors | None) -> Arrays:
+    """Pieces side by side, numbered from 1 in `segments`, then padding; with blocks where they are wanted."""
     sizes = [len(piece["supervised"]) for piece in pieces]
     empty = (0, length - sum(sizes))
     rows = {name: np.pad(np.concatenate([piece[name] for piece in pieces]), empty) for name in pieces[0]}
     rows["segments"] = np.pad(np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes), empty)
     rows["positions"] = np.pad(np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]), empty)
-    if "hashes" in rows:
-        rows["anchors"] = choose_anchors(rows.pop("hashes"), rows["supervised"], rows["segments"], anchors)
+    if anchors is not None:
+        add_blocks(rows, anchors)
     return rows

@@ -123,7 +123,7 @@ def survey_sequences(config: Config, training: list[SourceDocuments], tokenizer:
         train.batch_size,
         train.sequence_length,
         config.seed,
-        anchors_of(config),
+        anchors_of(config, len(tokenizer)),
         too_long=config.data.too_long,
     )
     figures, total = SequenceFigures(), sum(len(source) for source in training if not isinstance(source, Stream))

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from mtp_jax.decoding.forward import Forward, Variables
 from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, likeliest
+from mtp_jax.mtp.adapter import sampler_of
 from mtp_jax.mtp.sampler import corrected_latent, read_latent
 
 
@@ -32,7 +33,7 @@ def choose_drafts(
         process: changes logits that stand behind `first` and j drafts, as those of real rows are changed.
     """
     B, M, _ = latents.shape
-    V, sampler, vocabulary = forward.model.g.V, variables["mtp"].get("sampler"), variables.get("vocabulary")
+    V, sampler, vocabulary = forward.model.g.V, sampler_of(variables), variables.get("vocabulary")
     form = "none" if forward.shape is None else forward.shape.sampler
     U = V if vocabulary is None else len(vocabulary)
     short = sampler is not None and shortlist is not None and shortlist < U

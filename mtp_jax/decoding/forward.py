@@ -103,7 +103,7 @@ class XlaForward:
         if "vocabulary" in adapter:
             ids = variables["vocabulary"] = jnp.asarray(adapter["vocabulary"])
             variables["draft_head"] = self._apply(variables, method="unembedding")[ids]
-        return variables | {"mtp": drafting_weights(adapter["mtp"], dtype)}
+        return variables | {"mtp": drafting_weights(adapter, dtype)}
 
     def rows(
         self,
@@ -165,7 +165,8 @@ def lora_parts(model: Decoder, lora: Params, names: tuple[str, ...], layer: int)
     return [jnp.asarray(x, model.dtype) for x in a], [jnp.asarray(x, model.dtype) for x in b]
 
 
-def drafting_weights(mtp: Params, dtype: DTypeLike) -> Params:
+def drafting_weights(adapter: Params, dtype: DTypeLike) -> Params:
     """Masks and sampler in `dtype`; norms stay as they are, as they are computed in float32."""
+    mtp = adapter.get("mtp", {})
     cast = jax.tree.map_with_path(lambda path, x: jnp.asarray(x, None if "norm" in str(path) else dtype), mtp)
     return cast | {"sampler": parted(cast["sampler"])} if "sampler" in cast else cast

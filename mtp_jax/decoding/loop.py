@@ -124,6 +124,7 @@ class Decoding:
         B, P = prompts.shape
         model, M, d = self.forward.model, self.plan.block, self.plan.drafts
         cache: Any = empty_cache(model.g, B, slots, cache_dtype, stacked=model.scanned)
+        keys = jax.vmap(jax.random.key)(jnp.zeros(B, jnp.uint32)) if keys is None else keys
         last = jnp.zeros((B, model.g.D), model.dtype)
         block = jnp.zeros((B, 0, model.g.D), model.dtype)
         for start in range(0, P, PREFILL_CHUNK):
@@ -132,14 +133,14 @@ class Decoding:
             if M and start + PREFILL_CHUNK >= P:  # by now all keys of every prompt are there
                 anchors = jnp.broadcast_to(prompt_length[:, None] - 1, (B, M))
                 offsets = np.arange(1, M + 1)
-                masks = MaskRows(variables["mtp"]["masks"][:M], anchors, offsets, np.zeros(M, int))
+                embeddings = self.mask_embeddings(variables, keys, prompt_length, offsets)
+                masks = MaskRows(embeddings, anchors, offsets, np.zeros(M, int))
             latents, block, cache = self.forward.rows(
                 variables, rows, jnp.full(B, start), cache, masks, start == 0, prompt_length
             )
             at = prompt_length - 1 - start
             here = jnp.take_along_axis(latents, jnp.clip(at, 0, rows.shape[1] - 1)[:, None, None], axis=1)[:, 0]
             last = jnp.where(((at >= 0) & (at < rows.shape[1]))[:, None], here, last)
-        keys = jax.vmap(jax.random.key)(jnp.zeros(B, jnp.uint32)) if keys is None else keys
         zeros = jnp.zeros(B, jnp.int32)
         empty = jnp.zeros((B, d), jnp.int32)
         state = DecodeState(
@@ -161,8 +162,8 @@ class Decoding:
         else:
             assert how is not None
             p = distribution(scores, how, self.sampling.truncated)
-            token = draw(p, self._keys(state, 0))
-        keys = self._keys(state, 1)
+            token = draw(p, _keys_for(0, state.keys, state.length))
+        keys = _keys_for(1, state.keys, state.length)
         state = _emit(state, empty, zeros, token, limits)
         if self.options.drafter is not None:
             own = self.options.drafter.prefill(variables, prompts, prompt_length, slots, PREFILL_CHUNK)
@@ -182,7 +183,8 @@ class Decoding:
         if plan.mask_rows:
             behind, offsets = plan.blocks()
             row = jnp.where(behind >= 0, behind, state.valid[:, None])
-            masks = MaskRows(variables["mtp"]["masks"][offsets - 1], start[:, None] + row, offsets, behind)
+            embeddings = self.mask_embeddings(variables, state.keys, state.length, offsets)
+            masks = MaskRows(embeddings, start[:, None] + row, offsets, behind)
         rows = jnp.concatenate([newest, state.drafts], axis=1)
         real, latents, cache = self.forward.rows(variables, rows, start, state.cache, masks)
 
@@ -201,9 +203,9 @@ class Decoding:
             assert how is not None
             p = distribution(scores, how, self.sampling.truncated)
             proposal = state.proposal or Proposal(jnp.zeros((B, 0, 1), jnp.int32), jnp.zeros((B, 0, 1)))
-            accepted, token = verify(p, state.drafts, state.valid, proposal, self._keys(state, 0))
+            accepted, token = verify(p, state.drafts, state.valid, proposal, _keys_for(0, state.keys, state.length))
 
-        keys = self._keys(state, 1)
+        keys = _keys_for(1, state.keys, state.length)
         emitted = state._replace(cache=cache, steps=state.steps + ~state.done)
         emitted = _emit(emitted, state.drafts, accepted, token, limits)
         if self.options.drafter is not None:
@@ -227,6 +229,18 @@ class Decoding:
         """How many drafts, from the first on, are what the base model chooses itself."""
         d = self.plan.drafts
         return prefix((state.drafts == choice[:, :d]) & (jnp.arange(d) < state.valid[:, None]))
+
+    def mask_embeddings(
+        self, variables: Variables, keys: Key[Array, " B"], length: Int[Array, " B"], offsets: Int[np.ndarray, " Q"]
+    ) -> Float[Array, "Q D"] | Float[Array, "B Q D"]:
+        """What mask rows of these offsets hold: learned embeddings, or those of tokens drawn anew in every step."""
+        assert self.forward.shape is not None
+        if (noise := self.forward.shape.noise) is None:
+            return variables["mtp"]["masks"][offsets - 1]
+        ids = jax.vmap(lambda key: jax.random.randint(key, offsets.shape, noise.low, noise.high))(
+            _keys_for(2, keys, length)
+        )
+        return self.forward.embedded(variables, ids)
 
     def _processed(
         self, scores: Float[Array, "B R V"], state: DecodeState, drafts: Int[Array, "B d"], limits: Limits
@@ -281,11 +295,10 @@ class Decoding:
         certain = None if self.sampling is None else Proposal(drafts[..., None], jnp.ones((*drafts.shape, 1)))
         return state._replace(drafts=drafts, valid=valid, proposal=certain, drafter=own)
 
-    def _keys(self, state: DecodeState, purpose: int) -> Key[Array, " B"]:
-        """Fresh keys for this step of each sequence: its length grows with every step."""
-        return jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, n), purpose))(
-            state.keys, state.length
-        )
+
+def _keys_for(purpose: int, keys: Key[Array, " B"], length: Int[Array, " B"]) -> Key[Array, " B"]:
+    """Fresh keys for a step of each sequence, as its length grows with every step."""
+    return jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, n), purpose))(keys, length)
 
 
 def _emit(

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from mtp_jax.model.base import Base
 from mtp_jax.model.decoder import Decoder as Model
 from mtp_jax.model.weights import Params
 from mtp_jax.mtp.adapter_folder import Adapter
-from mtp_jax.mtp.estimate import Continuations, Estimator
+from mtp_jax.mtp.estimate import Continuations, Estimator, walk, walk_twice
 from mtp_jax.mtp.estimate import tokens_per_step as estimate_of
 from mtp_jax.text import TextStream
 
@@ -29,6 +29,13 @@ _LENGTHS = 128  # prompts whose lengths round up alike are decoded together
 
 Gap = Callable[[Sequence[int]], float]  # between the two best logits behind a text
 Rounds = dict[str, list[list[Completion]]]  # for each decoder and round the completions of all prompts
+
+
+class Estimates(NamedTuple):
+    """Tokens per step of quadratic decoding by number of masks; of noise rows also per pass of an engine's two."""
+
+    steps: dict[int, float]
+    passes: dict[int, float]
 
 
 def decode_in_turns(
@@ -64,14 +71,13 @@ def rows_of(
     generator: Generator,
     reference: list[list[int]],
     gap: Gap,
-    estimates: dict[int, float],
+    estimates: Estimates,
     run_code: bool,
 ) -> list[Row]:
     """One row for each decoder.
 
     Args:
         reference: what plain decoding gives with batch 1.
-        estimates: tokens per step by number of masks, as training estimates them.
         run_code: execute programs that the model wrote, for suites that are scored by unit tests.
     """
     rates = {name: [_rate(done, batch_size) for done in rounds] for name, rounds in found.items()}
@@ -103,7 +109,8 @@ def rows_of(
                 step_seconds=statistics.median(steps) if decoder.ours else None,
                 identical=compared(done, reference, gap, generator.dtype == jnp.float32),
                 score=scores[texts],
-                estimate=estimates.get(plan.drafts) if plan is not None and quadratic else None,
+                estimate=estimates.steps.get(plan.drafts) if plan is not None and quadratic else None,
+                estimate_two_passes=estimates.passes.get(plan.drafts) if plan is not None and quadratic else None,
             )
         )
     return rows
@@ -170,8 +177,8 @@ def score(asked: Asked, done: list[Completion], generator: Generator, run_code: 
 # ---- beside decoding
 
 
-def estimated(base: Base, adapter: Adapter, prompts: list[list[int]], texts: list[list[int]]) -> dict[int, float]:
-    """Tokens per step of quadratic decoding by number of masks, as training estimates them, on these completions.
+def estimated(base: Base, adapter: Adapter, prompts: list[list[int]], texts: list[list[int]]) -> Estimates:
+    """What training would estimate on these completions.
 
     Args:
         texts: what plain decoding added to the prompts.
@@ -194,7 +201,11 @@ def estimated(base: Base, adapter: Adapter, prompts: list[list[int]], texts: lis
             numbers = np.minimum(np.arange(at, at + size), len(ids) - 1)
             part = jax.tree.map(lambda x, numbers=numbers: x[numbers], of)
             accepted += list(np.asarray(run(adapter.arrays, frozen, part)))[: len(ids) - at]
-    return {m: estimate_of(np.stack(accepted), of, m) for m in range(1, adapter.shape.masks + 1)}
+
+    def along(path: Any) -> dict[int, float]:
+        return {m: estimate_of(np.stack(accepted), of, m, path) for m in range(1, adapter.shape.masks + 1)}
+
+    return Estimates(along(walk), along(walk_twice) if adapter.shape.noise else {})
 
 
 def sample(asked: Asked, number: int, row: Row, found: Rounds, generator: Generator) -> Sample:

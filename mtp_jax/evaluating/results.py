@@ -58,6 +58,7 @@ class Row(TypedDict):
     identical: Identical | None
     score: float | None
     estimate: float | None  # tokens per step as training estimates them
+    estimate_two_passes: float | None  # tokens per pass of an engine that drafts and verifies in turns; of noise rows
 
 
 class Sample(TypedDict):

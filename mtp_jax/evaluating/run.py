@@ -17,7 +17,7 @@ from mtp_jax.decoding.generator import Generator
 from mtp_jax.decoding.options import Options
 from mtp_jax.errors import UserError
 from mtp_jax.evaluating.decoders import PLAIN, Decoders, parse_names
-from mtp_jax.evaluating.measure import decode_in_turns, estimated, rows_of, sample
+from mtp_jax.evaluating.measure import Estimates, decode_in_turns, estimated, rows_of, sample
 from mtp_jax.evaluating.report import write_report
 from mtp_jax.evaluating.results import Results, Row
 from mtp_jax.evaluating.results import Suite as SuiteResult
@@ -98,7 +98,7 @@ def evaluate(wanted: Wanted) -> Results:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for suite in asked:
             results["suites"].append(_described(suite))
-            encoded, reference, estimates = prompts[suite.name], None, {}
+            encoded, reference, estimates = prompts[suite.name], None, Estimates({}, {})
             for size in wanted.batch_sizes:
                 chosen = decoders.at(size, encoded)
                 bar = progress.add_task(f"{suite.name} x{size}", total=len(chosen) * wanted.rounds)

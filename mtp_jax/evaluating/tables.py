@@ -213,7 +213,8 @@ def _means(figures: dict[str, dict[int, float]]) -> dict[int, float]:
 def suite_tables(results: Results, suite: Suite) -> list[Table]:
     """Every decoder on a suite, one table for each batch size; columns that would be empty are left out."""
     of_suite = [row for row in results["rows"] if row["suite"] == suite["name"]]
-    heads = ("decoder", "tokens per step", "tokens/s", "speed-up", "identical", suite["metric"] or "score", "estimate")
+    ours = ("decoder", "tokens per step", "tokens/s", "speed-up", "identical")
+    heads = (*ours, suite["metric"] or "score", "estimate", "estimate, two passes")
     tables = []
     for batch_size in dict.fromkeys(row["batch_size"] for row in of_suite):
         lines = [_cells(row) for row in of_suite if row["batch_size"] == batch_size]
@@ -239,7 +240,7 @@ def _cells(row: Row) -> tuple[Cell, ...]:
         Cell(f"{speedup['median']:.2f}x", f"[{speedup['low']:.2f}, {speedup['high']:.2f}]") if speedup else Cell(""),
         Cell(f"{same['same']}/{same['of']}", remark=_differing(same)) if same else Cell(""),
         Cell(f"{row['score']:.3f}") if row["score"] is not None else Cell(""),
-        Cell(f"{row['estimate']:.2f}") if row["estimate"] is not None else Cell(""),
+        *(Cell("" if of is None else f"{of:.2f}") for of in (row["estimate"], row["estimate_two_passes"])),
     )
 
 

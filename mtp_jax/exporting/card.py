@@ -146,10 +146,13 @@ def _contents(source: Source, base: str, config: dict[str, Any], peft: bool) -> 
         if base == "copy"
         else f"no base weights: load {_base_link(source, source.hub_name or Path(source.name).name)}{revision}"
     )
+    rows = "mask embeddings"
+    if "noise" in config:
+        rows = f"mask rows of random tokens from {config['noise']['low']} to below {config['noise']['high']}"
     lines = [
         "## What is here\n",
         f"- {weights}; its fingerprint is `{pointer['fingerprint'][:16]}`",
-        f"- `adapter.safetensors`, `mtp_config.json`: {config['masks']} mask embeddings, LoRA of rank {config['rank']} "
+        f"- `adapter.safetensors`, `mtp_config.json`: {config['masks']} {rows}, LoRA of rank {config['rank']} "
         f"and alpha {config['alpha']:g} on {', '.join(config['targets'])}, sampler head `{config['sampler']}`"
         + (f", drafts of {config['vocabulary']:,} frequent tokens" if "vocabulary" in config else ""),
         "- `custom_generate/`: `generate` for transformers",

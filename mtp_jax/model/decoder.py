@@ -36,7 +36,7 @@ Cache = LayerCache | Sequence[LayerCache]
 class MaskRows(NamedTuple):
     """Mask rows behind the real rows of a decoding step, in blocks, each anchored to a verified token or a draft."""
 
-    embeddings: Float[Array, "Q D"]
+    embeddings: Float[Array, "Q D"] | Float[Array, "B Q D"]  # of all sequences alike, or of each its own
     anchors: Int[Array, "B Q"]  # position of each row's anchor
     offsets: Int[np.ndarray, " Q"]  # 1, 2, ... within its block
     blocks: Int[np.ndarray, " Q"]  # rows of one block bear one number
@@ -317,7 +317,7 @@ class Decoder(nn.Module):
         B, R = tokens.shape
         m = jnp.zeros((0, self.g.D)) if masks is None else masks.embeddings
         x = self.embed()[tokens].astype(self.dtype)
-        x = jnp.concatenate([x, jnp.broadcast_to(m.astype(self.dtype), (B, *m.shape))], axis=1)
+        x = jnp.concatenate([x, jnp.broadcast_to(m.astype(self.dtype), (B, *m.shape[-2:]))], axis=1)
         rows, (_, kinds) = step_rows(self.g, start, R, masks, lengths), self.g.kinds
         slots = jnp.arange((cache if isinstance(cache, LayerCache) else cache[0]).k.shape[-2])
         visible = (rows.low[..., None] <= slots) & (slots < rows.high[..., None])
@@ -340,7 +340,7 @@ class Decoder(nn.Module):
 
     def masks(
         self,
-        embeddings: Float[Array, "M D"],
+        embeddings: Float[Array, "M D"] | Float[Array, "B G M D"],
         blocks: Blocks,
         keys: RealRows,
         real: LayerCache,
@@ -349,11 +349,11 @@ class Decoder(nn.Module):
         """Latents of all mask rows after the final norm.
 
         Args:
-            embeddings: of the mask tokens m_1..m_M.
+            embeddings: of the mask tokens m_1..m_M, of all blocks alike or of each its own.
             blocks: the anchors; `keys` and `real` describe the real rows, as `__call__` kept them or in a cache.
             chunk: how many blocks' attention scores exist at a time; as many as fit by default.
         """
-        g, M = self.g, embeddings.shape[0]
+        g, M = self.g, embeddings.shape[-2]
         m = jnp.broadcast_to(embeddings.astype(self.dtype), (*blocks.anchors.shape, M, g.D))
         positions = blocks.positions[..., None] + 1 + jnp.arange(M)
         cos, sin = angles(g.rope, positions)

@@ -1,6 +1,7 @@
 """What is trained beside the frozen base: gated LoRA, mask embeddings and sampler head, in two collections.
 
-An adapter with a draft vocabulary has a third one, `vocabulary`, which is not trained: [U] int32, ascending token ids.
+An adapter whose mask rows hold noise is the LoRA alone: it has no collection `mtp`. One with a draft vocabulary has a
+third collection, `vocabulary`, which is not trained: [U] int32, ascending token ids.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from jaxtyping import PRNGKeyArray
 
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, Weight
+from mtp_jax.mtp.blocks import Noise
 from mtp_jax.mtp.lora import init_lora, lora_table, scaled
 from mtp_jax.mtp.sampler import init_sampler, sampler_table
 
@@ -30,6 +32,7 @@ class AdapterShape:
     sampler: str  # one of SAMPLERS
     gated: bool = True
     vocabulary: int | None = None  # U, tokens that are drafted; None for all
+    noise: Noise | None = None  # what mask rows hold; None for learned embeddings
 
     @property
     def scale(self) -> float:
@@ -43,24 +46,27 @@ def adapter_table(g: Geometry, shape: AdapterShape) -> tuple[Weight, ...]:
     def within(collection: str, weight: Weight) -> Weight:
         return Weight((collection, *weight.path), weight.shape, weight.axes, weight.key)
 
-    masks = Weight(("masks",), (shape.masks, g.D), (None, None), "mtp.masks")
+    masks = () if shape.noise else (Weight(("masks",), (shape.masks, g.D), (None, None), "mtp.masks"),)
     sampler = () if shape.sampler == "none" else sampler_table(g.D)
     lora = lora_table(g, shape.targets, shape.rank)
-    return tuple([within("lora", w) for w in lora] + [within("mtp", w) for w in (masks, *sampler)])
+    return tuple([within("lora", w) for w in lora] + [within("mtp", w) for w in (*masks, *sampler)])
 
 
 def init_adapter(g: Geometry, shape: AdapterShape, embedding: jax.Array, key: PRNGKeyArray) -> Params:
-    """Fresh collections `lora` and `mtp`, float32.
+    """Fresh arrays of `adapter_table`, float32.
 
     Mask embeddings are normal with the mean and deviation of the base's embedding table; they are never rows of it.
     """
     lora_key, mask_key, sampler_key = jax.random.split(key, 3)
+    lora = {"lora": init_lora(g, shape.targets, shape.rank, lora_key)}
+    if shape.noise:
+        return lora
     table = embedding.astype(jnp.float32)
     masks = table.mean() + table.std() * jax.random.normal(mask_key, (shape.masks, g.D))
     mtp: dict[str, Any] = {"masks": masks}
     if shape.sampler != "none":
         mtp["sampler"] = init_sampler(g.D, shape.sampler, jnp.sqrt(jnp.mean(table * table)), sampler_key)
-    return {"lora": init_lora(g, shape.targets, shape.rank, lora_key), "mtp": mtp}
+    return lora | {"mtp": mtp}
 
 
 def abstract_adapter(g: Geometry, shape: AdapterShape) -> Params:
@@ -69,6 +75,11 @@ def abstract_adapter(g: Geometry, shape: AdapterShape) -> Params:
     if shape.vocabulary is None:
         return trained
     return trained | {"vocabulary": jax.ShapeDtypeStruct((shape.vocabulary,), jnp.int32)}
+
+
+def sampler_of(adapter: Params) -> Params | None:
+    """The weights of the sampler head, where there is one."""
+    return adapter.get("mtp", {}).get("sampler")
 
 
 def with_adapter(params: Params, adapter: Params, shape: AdapterShape) -> Params:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from mtp_jax.model.attention import Blocks, RealRows
 from mtp_jax.model.decoder import Decoder, head
 from mtp_jax.model.weights import Params
-from mtp_jax.mtp.adapter import AdapterShape, with_adapter
+from mtp_jax.mtp.adapter import AdapterShape, sampler_of, with_adapter
 from mtp_jax.mtp.sampler import corrected_latent
 
 
@@ -48,7 +48,12 @@ class Estimator:
         adapted = not self.shape.gated
         _, kept = self.model.apply(variables, of.tokens, positions, segments, adapted=adapted, keep=True)
         blocks = Blocks(positions, positions, segments)
-        masks, ids = trained["mtp"]["masks"], None if self.shape.vocabulary is None else frozen["vocabulary"]
+        ids, noise = None if self.shape.vocabulary is None else frozen["vocabulary"], self.shape.noise
+        if noise is None:
+            masks = trained["mtp"]["masks"]
+        else:
+            drawn = jax.random.randint(jax.random.key(0), (B, S, M), noise.low, noise.high)
+            masks = self.model.apply(variables, drawn, method="embeddings")
         table = self.model.apply(variables, method="unembedding")
         if ids is not None:
             table = table[ids]
@@ -60,7 +65,7 @@ class Estimator:
 
         def chain(rows: tuple[Array, Array, Array]) -> Array:
             z, following, exists = rows  # [M, D], [M+1], [M+1]
-            sampler = trained["mtp"].get("sampler")
+            sampler = sampler_of(trained)
             previous, drafts = following[0], []
             for j in range(M):
                 latent = z[j]
@@ -93,6 +98,22 @@ def walk(accepted: np.ndarray, prompt_length: int, length: int, masks: int) -> t
     return max(length - prompt_length - 1, 0), steps
 
 
+def walk_twice(accepted: np.ndarray, prompt_length: int, length: int, masks: int) -> tuple[int, int]:
+    """Walk one continuation as an engine does that drafts in one pass and verifies in the next.
+
+    The drafting pass gives the base model's own next token too, so a cycle of two passes emits at least two tokens; its
+    masks stand behind the newest one. The first token is that of prefill, which drafts nothing.
+
+    Returns:
+        new tokens after the one that prefill gives, and passes.
+    """
+    row, passes = prompt_length, 0
+    while row < length - 1:
+        row += 2 + min(int(accepted[row]), masks)
+        passes += 2
+    return max(length - prompt_length - 1, 0), passes
+
+
 def mean_tokens(counts: Iterable[tuple[int, int]]) -> float:
     """Tokens per step over several texts (docs/how-it-works.md, section 7.1).
 
@@ -103,10 +124,10 @@ def mean_tokens(counts: Iterable[tuple[int, int]]) -> float:
     return sum(tokens for tokens, _ in pairs) / max(sum(steps for _, steps in pairs), 1)
 
 
-def tokens_per_step(accepted: np.ndarray, of: Continuations, masks: int) -> float:
-    """Mean tokens per decoding step over all continuations, in [1, masks + 1]."""
+def tokens_per_step(accepted: np.ndarray, of: Continuations, masks: int, along: Any = walk) -> float:
+    """Mean tokens per pass over all continuations: of our decoder, in [1, masks + 1], or along `walk_twice`."""
     rows = zip(accepted, of.prompt_length, of.length, strict=True)
-    return mean_tokens(walk(row, int(start), int(end), masks) for row, start, end in rows)
+    return mean_tokens(along(row, int(start), int(end), masks) for row, start, end in rows)
 
 
 def usable(masks: int) -> list[int]:
@@ -114,7 +135,7 @@ def usable(masks: int) -> list[int]:
     return sorted({min(2**i, masks) for i in range(masks.bit_length() + 1)})
 
 
-def table(accepted: Any, of: Continuations, masks: int) -> dict[str, float]:
-    """Estimated tokens per step for 1, 2, 4, ... masks."""
+def table(accepted: Any, of: Continuations, masks: int, along: Any = walk) -> dict[str, float]:
+    """Estimated tokens per pass for 1, 2, 4, ... masks."""
     of = jax.tree.map(np.asarray, of)
-    return {str(m): tokens_per_step(np.asarray(accepted), of, m) for m in usable(masks)}
+    return {str(m): tokens_per_step(np.asarray(accepted), of, m, along) for m in usable(masks)}

@@ -13,7 +13,7 @@ from mtp_jax.model.chunks import cut, over_chunks, sum_over_chunks
 from mtp_jax.model.decoder import Decoder, head
 from mtp_jax.model.weights import Params, leaf_at
 from mtp_jax.mtp.accumulation import accumulated
-from mtp_jax.mtp.adapter import AdapterShape, adapter_table, with_adapter
+from mtp_jax.mtp.adapter import AdapterShape, adapter_table, sampler_of, with_adapter
 from mtp_jax.mtp.blocks import Targets, blocks_of, targets_of
 from mtp_jax.mtp.sampler import corrected_latent
 from mtp_jax.mtp.vocabulary import cross_entropy, divergence, index_in, over_vocabulary, rows_at_a_time
@@ -100,7 +100,7 @@ class MultiTokenLoss:
             z_real, kept = self.real_latents(trained, frozen, batch)
         # Gathered once for all chunks of rows.
         table = place(self.model.apply(base, method="unembedding"), "vocab", None)
-        sampler = trained["mtp"].get("sampler")
+        sampler = sampler_of(trained)
 
         @jax.named_scope("vocabulary")
         def over_rows(rows: Any) -> tuple[Sums, Array]:
@@ -132,10 +132,15 @@ class MultiTokenLoss:
         fields = batch["tokens"], batch["positions"], batch["segments"]
         return self.model.apply(variables, *fields, adapted=not gated, keep=True)
 
-    def latents(self, trained: Params, frozen: Params, context: Context, blocks: Blocks) -> Float[Array, "B G m D"]:
-        """Latents of mask rows."""
+    def latents(
+        self, trained: Params, frozen: Params, context: Context, blocks: Blocks, noise: Int[Array, "B G m"] | None
+    ) -> Float[Array, "B G m D"]:
+        """Latents of mask rows, which hold the masks' embeddings, or those of `noise`."""
         variables = with_adapter(frozen["params"], trained, self.shape)
-        embeddings = trained["mtp"]["masks"][: self.masks_now]
+        if noise is None:
+            embeddings = trained["mtp"]["masks"][: self.masks_now]
+        else:
+            embeddings = self.model.apply({"params": frozen["params"]}, noise, method="embeddings")
         return self.model.apply(
             variables, embeddings, blocks, context.keys, context.kept, self.attention_chunk, method="masks"
         )
@@ -150,9 +155,9 @@ class MultiTokenLoss:
         step: Int[Array, ""],
     ) -> Sums:
         """The terms summed over the mask rows of blocks."""
-        sampler, t = trained["mtp"].get("sampler"), self.terms
+        sampler, t = sampler_of(trained), self.terms
         with jax.named_scope("mask_rows"):
-            z = self.latents(trained, frozen, context, blocks)
+            z = self.latents(trained, frozen, context, blocks, targets.noise)
         choice, table, ids = context.choice, context.table, context.vocabulary
         if ids is not None:
             targets = targets._replace(label=index_in(ids, targets.label))
@@ -301,7 +306,10 @@ class MultiTokenLoss:
     def _targets(self, batch: Any) -> tuple[Blocks, Targets]:
         blocks = blocks_of(batch["anchors"], batch["positions"], batch["segments"])
         fields = (batch["tokens"], batch["labels"], batch["supervised"], batch["segments"])
-        return blocks, targets_of(blocks, self.masks_now, *fields)
+        targets = targets_of(blocks, self.masks_now, *fields)
+        if self.shape.noise is not None:
+            targets = targets._replace(noise=batch["noise"][..., : self.masks_now])
+        return blocks, targets
 
     def _counted(self, of: Targets) -> Bool[Array, "B G m"]:
         return of.labelled if self.terms.target == "data" else of.exists

@@ -16,7 +16,7 @@ from mtp_jax.decoding.forward import XlaForward
 from mtp_jax.decoding.loop import Decoding, Limits
 from mtp_jax.model.base import Base
 from mtp_jax.model.weights import Params
-from mtp_jax.mtp.estimate import Continuations, Estimator, table
+from mtp_jax.mtp.estimate import Continuations, Estimator, table, walk_twice
 from mtp_jax.mtp.losses import MultiTokenLoss
 from mtp_jax.sharding import replicated
 from mtp_jax.training.objectives import NextToken
@@ -108,7 +108,10 @@ class AdapterEvaluation:
         figures = {name: plain(value) for name, value in self.objective.values(*total)[1].items()}
         if self.continuations is not None:
             accepted = jax.device_get(self.accepted(trained, self.frozen, self.continuations))
-            figures["tokens_per_step"] = table(accepted, self.continuations, self.objective.shape.masks)
+            masks = self.objective.shape.masks
+            figures["tokens_per_step"] = table(accepted, self.continuations, masks)
+            if self.objective.shape.noise is not None:
+                figures["tokens_per_pass_of_two"] = table(accepted, self.continuations, masks, walk_twice)
         return figures
 
 

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mtp_jax.config import Config
-from mtp_jax.data.batches import Batch, anchors_of
+from mtp_jax.data.batches import Batch, anchors_of, noise_of
 from mtp_jax.errors import UserError
 from mtp_jax.model.chunks import sum_over_chunks
 from mtp_jax.model.decoder import Decoder, head
@@ -50,7 +50,7 @@ def make_objective(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> "Nex
         grow_steps=config.mtp.grow_steps,
     )
     chunk = anchor_chunk(config, g, mesh)
-    return MultiTokenLoss(decoder, adapter_shape(config), terms, t.loss_chunk, anchor_chunk=chunk)
+    return MultiTokenLoss(decoder, adapter_shape(config, g.V), terms, t.loss_chunk, anchor_chunk=chunk)
 
 
 def make_decoder(
@@ -84,17 +84,26 @@ def make_decoder(
     return Decoder(g, dtype, remat, attention=kernel, mask_tiles=tiles)
 
 
-def adapter_shape(config: Config) -> AdapterShape:
-    """What a config's adapter consists of."""
+def adapter_shape(config: Config, V: int) -> AdapterShape:
+    """What a config's adapter for a model with V tokens consists of."""
     assert config.lora is not None and config.mtp is not None
     lora, mtp = config.lora, config.mtp
     alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
-    return AdapterShape(mtp.masks, lora.rank, alpha, tuple(lora.targets), mtp.sampler, lora.gated, mtp.vocabulary)
+    return AdapterShape(
+        mtp.masks,
+        lora.rank,
+        alpha,
+        tuple(lora.targets),
+        mtp.sampler,
+        lora.gated,
+        mtp.vocabulary,
+        noise_of(config, V),
+    )
 
 
 def anchor_chunk(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> int | None:
     """Blocks of a sequence to compute at a time: the config's number, or as many as fit in the memory kept for them."""
-    anchors = anchors_of(config)
+    anchors = anchors_of(config, g.V)
     assert config.mtp is not None and config.lora is not None and anchors is not None
     if config.train.anchor_chunk is not None or not config.lora.gated:
         return config.train.anchor_chunk

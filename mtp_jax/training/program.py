@@ -14,11 +14,12 @@ from flax.traverse_util import unflatten_dict
 
 from mtp_jax import sharding
 from mtp_jax.config import Config
-from mtp_jax.data.batches import Anchors, Batch, anchors_of
+from mtp_jax.data.batches import Batch, anchors_of, noise_of
 from mtp_jax.errors import UserError
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import Params, Weight, abstract_params, weight_table
 from mtp_jax.mtp.adapter import adapter_table
+from mtp_jax.mtp.blocks import Anchors
 from mtp_jax.mtp.losses import MultiTokenLoss
 from mtp_jax.training.flops import model_flops
 from mtp_jax.training.objectives import NextToken, make_objective
@@ -72,7 +73,7 @@ class Program(NamedTuple):
 
 def build_program(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> Program:
     """The program of a config on a mesh, whose devices need not be attached; call within `sharding.on(mesh)`."""
-    objective, anchors, frozen = make_objective(config, g, mesh), anchors_of(config), None
+    objective, anchors, frozen = make_objective(config, g, mesh), anchors_of(config, g.V), None
     if isinstance(objective, NextToken):
         table = weight_table(g)
     else:
@@ -104,13 +105,15 @@ def batch_shapes(config: Config, mesh: jax.sharding.Mesh, anchors: Anchors | Non
     B, T = config.train.batch_size, config.train.sequence_length
     spread = sharding.batch_sharding(mesh)
 
-    def array(width: int, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((B, width), dtype, sharding=spread)
+    def array(width: int, dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((B, width, *more), dtype, sharding=spread)
 
     batch = {name: array(T, jnp.int32) for name in ("tokens", "labels", "positions", "segments")}
     batch["supervised"] = array(T, jnp.bool_)
     if anchors is not None:
         batch["anchors"] = array(anchors.count or T, jnp.int32)
+        if anchors.noise is not None:
+            batch["noise"] = array(anchors.count or T, jnp.int32, anchors.masks)
     return batch
 
 
@@ -124,7 +127,12 @@ def check_length(config: Config, g: Geometry) -> None:
 
 
 def check_vocabulary(config: Config, V: int, stops: Sequence[int] = ()) -> None:
-    """Raise UserError where the draft vocabulary is larger than the model's, or too small for the stop ids."""
+    """Raise UserError where the draft vocabulary or the noise is larger than the model's, or misses its stop ids."""
+    noise = noise_of(config, V)
+    if noise is not None and not noise.low < noise.high <= V:
+        raise UserError(
+            f"mtp.noise: ids from {noise.low} to below {noise.high} should be some of the model's {V}, 0 to {V - 1}."
+        )
     wanted, least = None if config.mtp is None else config.mtp.vocabulary, len(set(stops))
     if wanted is not None and not least <= wanted <= V:
         raise UserError(

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from mtp_jax import sharding
 from mtp_jax.config import Evaluation, Mesh, Source
-from mtp_jax.data.batches import Anchors
 from mtp_jax.data.documents import Document
 from mtp_jax.data.held_out import held_out_batches
 from mtp_jax.data.sources import source_documents, split
@@ -24,6 +23,7 @@ from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import Params
 from mtp_jax.mtp.adapter import adapter_table
 from mtp_jax.mtp.adapter_folder import Adapter
+from mtp_jax.mtp.blocks import Anchors
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
 from mtp_jax.training.evaluation import AdapterEvaluation, NextTokenEvaluation
 from mtp_jax.training.objectives import NextToken, make_decoder
@@ -116,7 +116,7 @@ def adapter_figures(
         wanted = Evaluation(prompts=prompts)
         place, step = lambda batch: jax.device_put(dict(batch)), 1
         evaluate = AdapterEvaluation(base, frozen, objective, mesh, place, wanted, held.documents, step)
-        anchors = Anchors(min(_ANCHORS, of.length), seed=0)
+        anchors = Anchors(min(_ANCHORS, of.length), 0, adapter.shape.noise, adapter.shape.masks)
         batches = held_out_batches(held.documents, base.tokenizer, of.batch_size, of.length, of.batches, anchors)
         return evaluate(trained, batches)
 
@@ -143,6 +143,8 @@ def print_table(figures: dict[str, Any], console: Console) -> None:
     estimate = figures.get("tokens_per_step", {})
     steps = Table("masks", *estimate, title="estimated tokens per step (1 without drafts)")
     steps.add_row("quadratic decoding", *(f"{value:.2f}" for value in estimate.values()))
+    if engine := figures.get("tokens_per_pass_of_two"):
+        steps.add_row("an engine, per pass", *(f"{value:.2f}" for value in engine.values()))
     console.print(steps)
 
 

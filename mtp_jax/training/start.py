@@ -105,14 +105,14 @@ def starting_adapter(config: Config, base: Base | NewBase) -> Adapter | None:
     if config.model.adapter is None:
         return None
     assert isinstance(base, Base)
-    adapter, wanted = open_adapter(config.model.adapter, base), adapter_shape(config)
+    adapter, wanted = open_adapter(config.model.adapter, base), adapter_shape(config, base.g.V)
     found, faults = adapter.shape, []
     if wanted.masks > found.masks:
         faults.append(f"mtp.masks={wanted.masks} is more than the {found.masks} that model.adapter has.")
-    for name in ("rank", "alpha", "targets", "sampler", "gated", "vocabulary"):
+    for name in ("rank", "alpha", "targets", "sampler", "gated", "vocabulary", "noise"):
         here, there = getattr(wanted, name), getattr(found, name)
         if here != there and not (name == "targets" and set(here) == set(there)):
-            key = f"{'mtp' if name in ('sampler', 'vocabulary') else 'lora'}.{name}"
+            key = f"{'mtp' if name in ('sampler', 'vocabulary', 'noise') else 'lora'}.{name}"
             faults.append(f"{key}={here!r} differs from {there!r}, which model.adapter was trained with.")
     if faults:
         raise UserError(*faults)

@@ -134,9 +134,10 @@ class MultiTokenTask:
         """A fresh adapter, or the one of `model.adapter` with as many masks as the config wants."""
         placed, shape = self.program.placed.trained, self.objective.shape
         if self.adapter is not None:
-            mtp = self.adapter.arrays["mtp"]
-            mtp = mtp | {"masks": mtp["masks"][: shape.masks]}
-            return jax.tree.map(put, {"lora": self.adapter.arrays["lora"], "mtp": mtp}, placed)
+            found = {name: self.adapter.arrays[name] for name in placed}
+            if shape.noise is None:
+                found["mtp"] = found["mtp"] | {"masks": found["mtp"]["masks"][: shape.masks]}
+            return jax.tree.map(put, found, placed)
         draw = jax.jit(lambda table, key: init_adapter(self.base.g, shape, table, key), out_shardings=placed)
         return draw(self.frozen["params"]["embed"]["embedding"], jax.random.key(self.config.seed))
 

@@ -115,13 +115,14 @@ class Step:
             unstack_layers(params), {"lora": lora, "mtp": {"masks": jnp.zeros((5, 1))}}
         )
 
-    def __call__(self, real=REAL, masks=True, first=False):
+    def __call__(self, real=REAL, masks=True, first=False, own=False):
+        """With `own`, mask rows of each sequence hold other embeddings."""
         g, draw = self.g, np.random.default_rng(1)
         cache = [LayerCache(*draw.normal(size=(2, B, g.K, S, g.H)).astype(np.float32)) for _ in range(g.L)]
         tokens = jnp.asarray(draw.integers(0, g.V, (B, REAL))[:, :real])
         start = jnp.asarray([0, 0] if first else [17, 9], jnp.int32)
         rows = MaskRows(
-            jnp.asarray(draw.normal(size=(5, g.D)), jnp.float32),
+            jnp.asarray(draw.normal(size=(B, 5, g.D) if own else (5, g.D)), jnp.float32),
             start[:, None] + jnp.asarray([[0, 0, 2, 2, 2], [1, 1, 1, 2, 2]]),
             np.asarray([1, 2, 1, 2, 3]),
             np.asarray([0, 0, 2, 2, 2]),
@@ -135,6 +136,13 @@ class Step:
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_a_step_is_that_of_xla(name, first):
     ways = [Step(in_cpp, **GEOMETRIES[name])(first=first) for in_cpp in (True, False)]
+    for got, expected in zip(*map(jax.tree.leaves, ways), strict=True):
+        assert np.abs(got - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+@needs_compiler
+def test_mask_rows_of_each_sequence_may_hold_embeddings_of_their_own():
+    ways = [Step(in_cpp)(own=True) for in_cpp in (True, False)]
     for got, expected in zip(*map(jax.tree.leaves, ways), strict=True):
         assert np.abs(got - expected).max() < 2e-5 * np.abs(expected).max()
 

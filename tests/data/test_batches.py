@@ -13,7 +13,6 @@ from chats import PLAIN, letters, turns, with_template
 
 from mtp_jax.config import Source
 from mtp_jax.data.batches import (
-    Anchors,
     DocumentNames,
     Draw,
     StreamReader,
@@ -28,6 +27,7 @@ from mtp_jax.data.packing import LaneState
 from mtp_jax.data.sources import source_documents
 from mtp_jax.data.tokens import Encoder
 from mtp_jax.errors import UserError
+from mtp_jax.mtp.blocks import Anchors, Noise
 
 # ---- the order of documents
 
@@ -153,20 +153,27 @@ def test_a_source_smaller_than_a_batch_is_repeated(found):
     assert batch["tokens"].shape == (8, 32) and batch["segments"][:, 0].min() == 1
 
 
-def test_anchors_of_a_document_do_not_depend_on_what_it_is_packed_with(found):
-    chosen = {}
+def test_blocks_of_a_document_do_not_depend_on_what_it_is_packed_with(found):
+    chosen, drawn, wanted = {}, [], Anchors(80, 5, Noise(3, 90), masks=2)
     for sources, length in [([found], 64), ([found[:20]], 64), ([found[::-1]], 80)]:
-        batches, documents = training_batches(sources, [1.0], BARE, 2, length, 0, Anchors(length, 5))
-        for batch in islice(batches, 3):
+        batches, documents = training_batches(sources, [1.0], BARE, 2, length, 0, wanted)
+        noise = {}
+        for batch in islice(batches, 6):
             for sequence in sequences_of(batch):
                 for segment in range(1, sequence["segments"].max() + 1):
                     inside = sequence["segments"] == segment
                     name = documents[sequence["documents"][inside][0]].name
                     start = np.flatnonzero(inside)[0]
                     anchors = sequence["anchors"]
-                    rows = (anchors[(anchors >= 0) & inside[anchors]] - start).tolist()
+                    here = (anchors >= 0) & inside[anchors]
+                    rows = (anchors[here] - start).tolist()
                     assert chosen.setdefault(name, rows) == rows
+                    noise.setdefault(name, set()).add(tuple(sequence["noise"][here].flat))
+        drawn.append(noise)
     assert len(chosen) > 20
+    for one, other in itertools.combinations(drawn, 2):  # of documents met in the same epoch: others draw anew
+        long = [name for name in one.keys() & other.keys() if len(chosen[name]) > 4]
+        assert sum(bool(one[name] & other[name]) for name in long) > 3
 
 
 def test_training_batches_keep_supervision_through_packing(jsonl):
@@ -208,8 +215,9 @@ def test_a_run_continues_where_it_was_however_sequences_are_divided(found, at):
     parts = [found[:25], found[25:]]
 
     def opened(sequences):
-        return training_batches(parts, [2.0, 1.0], BARE, 4, 16, 0, Anchors(3, 0), sequences=sequences)[0]
+        return training_batches(parts, [2.0, 1.0], BARE, 4, 16, 0, anchors, sequences=sequences)[0]
 
+    anchors = Anchors(3, 0, Noise(3, 90), masks=2)
     before = [opened(range(3)), opened(range(3, 4))]
     for batches in before:
         for _ in range(at):

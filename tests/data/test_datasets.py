@@ -10,11 +10,12 @@ import pytest
 
 from mtp_jax.config import Data, Source
 from mtp_jax.config_file import validate
-from mtp_jax.data.batches import Anchors, training_batches
+from mtp_jax.data.batches import training_batches
 from mtp_jax.data.datasets import Stream
 from mtp_jax.data.documents import Completion, Conversation, Text
 from mtp_jax.data.sources import check_supervision, read_sources, source_documents
 from mtp_jax.errors import UserError
+from mtp_jax.mtp.blocks import Anchors
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 

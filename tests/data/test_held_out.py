@@ -7,10 +7,10 @@ import pytest
 from characters import ENDS, ids, make_documents, same, sequences_of
 from chats import LOOK, MARK, MARKED, PLAIN, TALK, letters, turns, with_template
 
-from mtp_jax.data.batches import Anchors
 from mtp_jax.data.held_out import held_out_batches, held_out_prompts
 from mtp_jax.data.sources import source_documents
 from mtp_jax.data.tokens import Encoder
+from mtp_jax.mtp.blocks import Anchors
 
 pytestmark = pytest.mark.quick
 

@@ -23,17 +23,20 @@ from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import PROJECTIONS
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
 from mtp_jax.mtp.adapter_folder import write_adapter
+from mtp_jax.mtp.blocks import Noise
 from mtp_jax.mtp.estimate import Continuations, Estimator, tokens_per_step
 
 M = 4
 NEW = 40
+SLOW = pytest.mark.slow
 QUICK = ("linear:4", "quadratic:2", "blocks:3,1,0,2")
 PLANS = [*QUICK, *(pytest.param(p, marks=pytest.mark.slow) for p in ("linear:1", "quadratic:1", "blocks:4,2,1,1,4"))]
 
 
-def noise(base, sampler="residual", scale=0.3, vocabulary=None):
-    """An adapter full of noise, with a draft vocabulary where its ids are given."""
-    shape = AdapterShape(M, 8, 16.0, PROJECTIONS, sampler, vocabulary=None if vocabulary is None else len(vocabulary))
+def noise(base, sampler="residual", scale=0.3, vocabulary=None, rows=None):
+    """An adapter full of noise, with a draft vocabulary where its ids are given, and with `rows` of noise."""
+    U = None if vocabulary is None else len(vocabulary)
+    shape = AdapterShape(M, 8, 16.0, PROJECTIONS, "none" if rows else sampler, vocabulary=U, noise=rows)
     adapter = init_adapter(base.g, shape, base.load()["embed"]["embedding"], jax.random.key(1))
     draw = np.random.default_rng(2)  # not JAX, which would compile a program for each shape
     adapter = jax.tree.map(lambda x: x + scale * draw.standard_normal(x.shape).astype(np.float32), adapter)
@@ -113,6 +116,35 @@ def test_every_way_to_draft_is_lossless(small_folder, small, form, one_head, sho
     generator, _ = equipped(small_folder, options=Options(one_head=one_head, shortlist=shortlist), sampler=form)
     done = decoded(generator, "quadratic:2", prompts, NEW, 3)
     assert [d.token_ids for d in done] == texts
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_noise_rows_are_lossless_and_a_text_does_not_depend_on_its_batch(small_folder, small, plan):
+    _, prompts, texts = small
+    generator, _ = equipped(small_folder, scale=0.02, rows=Noise(3, 200))
+    together = decoded(generator, plan, prompts, NEW, 3)
+    assert [d.token_ids for d in together] == texts
+    if plan == "quadratic:2":
+        (alone,) = decoded(generator, plan, prompts[2:], NEW, 1, number=2)
+        assert (alone.token_ids, alone.accepted) == (together[2].token_ids, together[2].accepted)
+        assert any(sum(d.accepted[1:]) for d in together)  # some draft is accepted
+
+
+@pytest.mark.parametrize("xla", [False, True])
+def test_mask_rows_hold_noise_that_differs_by_step_sequence_and_row(small_folder, xla):
+    generator, adapter = equipped(small_folder, xla=xla, rows=Noise(3, 60))
+    assert "mtp" not in adapter
+    decoding, offsets = Decoding(generator.forward, Options(quadratic(2))), np.asarray([1, 2, 1, 2, 1, 2])
+    table = np.asarray(generator.forward.embedded(generator.variables, jnp.arange(300)))
+    drawn = []
+    for length in (7, 8):
+        keys, lengths = jax.vmap(jax.random.key)(jnp.arange(64)), jnp.full(64, length)
+        rows = np.asarray(decoding.mask_embeddings(generator.variables, keys, lengths, offsets))
+        drawn.append(np.argmax(np.all(rows[:, :, None] == table[3:60], axis=-1), axis=-1) + 3)
+        assert np.array_equal(table[drawn[-1]], rows)
+    ids = np.stack(drawn)  # [steps, sequences, rows]
+    assert ids.min() == 3 and ids.max() == 59
+    assert max(np.mean(np.diff(ids, axis=axis) == 0) for axis in range(3)) < 0.1
 
 
 EVERY, ODD = np.arange(300), np.arange(1, 300, 2)  # draft vocabularies: of all tokens, and of half of them
@@ -265,11 +297,16 @@ def test_prefill_leaves_real_rows_bit_identical_whatever_the_adapter_holds(small
     assert not np.array_equal(left(0.0)[1], drafts)  # the masks do meet the adapter
 
 
-@pytest.mark.parametrize(("masks", "ids"), [(2, None), pytest.param(4, None, marks=pytest.mark.slow), (2, ODD)])
-def test_steps_are_those_of_the_estimate(small_folder, small, masks, ids):
+ONE = Noise(7, 8)  # every row the same token, so that decoding and the estimate draw alike
+
+
+@pytest.mark.parametrize(
+    ("masks", "ids", "rows"), [(2, None, None), pytest.param(4, None, None, marks=SLOW), (2, ODD, None), (2, None, ONE)]
+)
+def test_steps_are_those_of_the_estimate(small_folder, small, masks, ids, rows):
     """Tokens per step by decoding and by the training-time estimate, from unlike code: an adapter near the identity."""
     _, prompts, texts = small
-    generator, adapter = equipped(small_folder, scale=0.02, vocabulary=ids)
+    generator, adapter = equipped(small_folder, scale=0.02, vocabulary=ids, rows=rows)
     width = max(len(p + t) for p, t in zip(prompts, texts, strict=True))
     rows = [p + t + [0] * (width - len(p + t)) for p, t in zip(prompts, texts, strict=True)]
     starts = jnp.asarray([len(p) for p in prompts])

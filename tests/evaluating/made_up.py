@@ -77,6 +77,7 @@ def _row(suite, decoder, batch_size, rng):
         "identical": {"same": 40, "of": 40, "ties": [], "faults": []},
         "score": None if metric is None else 0.31,
         "estimate": None,
+        "estimate_two_passes": None,
     }
     plain = 50.0 * batch_size**0.7
     if decoder.startswith("transformers"):

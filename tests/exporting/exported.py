@@ -17,11 +17,14 @@ from mtp_jax.mtp.adapter_folder import write_adapter
 CODE = Path(mtp_jax.exporting.__file__).parent / "custom_generate" / "generate.py"
 
 
-def noisy_adapter(base, out, masks=3, sampler="residual", targets=PROJECTIONS, gated=True, vocabulary=None):
-    """An adapter folder full of noise, norms around 1, for the base model of a folder; `vocabulary` is drafted."""
+def noisy_adapter(base, out, masks=3, sampler="residual", targets=PROJECTIONS, gated=True, vocabulary=None, rows=None):
+    """An adapter folder full of noise, norms around 1, for the base model of a folder; `vocabulary` is drafted.
+
+    With `rows` its mask rows hold random tokens.
+    """
     opened = open_base(str(base))
     g = opened.g
-    shape = AdapterShape(masks, 4, 8.0, targets, sampler, gated, None if vocabulary is None else len(vocabulary))
+    shape = AdapterShape(masks, 4, 8.0, targets, sampler, gated, None if vocabulary is None else len(vocabulary), rows)
     random, items = np.random.default_rng(5), []
     for weight in adapter_table(g, shape):
         noise = random.standard_normal(weight.shape).astype(np.float32)

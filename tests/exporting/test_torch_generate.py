@@ -9,6 +9,8 @@ import torch
 from exported import export, exported_code, noisy_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from mtp_jax.mtp.blocks import Noise
+
 NAME = "bundled:stdlib-5m"
 TEXTS = ["def main():\n", "class Reader:\n    def __init__(self", "import os\nimport sys\n\n"]
 NEW = 40
@@ -59,6 +61,14 @@ def test_a_batch_gives_the_models_own_tokens(fast, batch, greedy, plan):
     emitted = (out.accepted * torch.arange(1, out.accepted.shape[1] + 1)).sum(dim=1)
     assert torch.equal(emitted, out.new_tokens - 1)
     assert (out.steps < NEW - 1).all() == (plan != "none")
+
+
+def test_mask_rows_of_random_tokens_are_lossless_too(plain, batch, greedy, tmp_path):
+    noisy_adapter(NAME, tmp_path / "adapter", sampler="none", rows=Noise(5, 900))
+    out = export(tmp_path / "adapter", tmp_path / "out")
+    options = {"custom_generate": str(out), "trust_remote_code": True, "adapter": str(out)}
+    for plan in ("linear:2", "quadratic:3"):
+        assert torch.equal(plain.generate(**batch, max_new_tokens=NEW, plan=plan, **options), greedy)
 
 
 @pytest.mark.parametrize("name", [None, "input_ids", "inputs"])

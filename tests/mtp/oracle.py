@@ -44,12 +44,15 @@ def forward(params, adapter, g, shape, batch, b):
     """Final latents of all rows of sequence b, in the order of `rows_of`."""
     rows = rows_of(batch, b, shape.masks)
     tokens = np.asarray(batch["tokens"][b])
-    x = jnp.stack(
-        [
-            params["embed"]["embedding"][tokens[r[1]]] if r[0] == "real" else adapter["mtp"]["masks"][r[2] - 1]
-            for r in rows
-        ]
-    )
+    anchors = np.asarray(batch["anchors"][b]).tolist()
+
+    def embedding(kind, at, offset):
+        if kind == "mask" and shape.noise is None:
+            return adapter["mtp"]["masks"][offset - 1]
+        token = tokens[at] if kind == "real" else np.asarray(batch["noise"][b])[anchors.index(at), offset - 1]
+        return params["embed"]["embedding"][token]
+
+    x = jnp.stack([embedding(*row[:3]) for row in rows])
     gate = np.array([1.0 if r[0] == "mask" or not shape.gated else 0.0 for r in rows], np.float32)[:, None]
     position = jnp.asarray([r[4] for r in rows])
     inv_freq = jnp.asarray(g.rope.inv_freq)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.mtp.blocks import blocks_of, choose_anchors, hash_positions, targets_of
+from mtp_jax.mtp.blocks import Noise, blocks_of, choose_anchors, hash_positions, noise_ids, targets_of
 
 pytestmark = pytest.mark.quick
 
@@ -83,3 +83,22 @@ def test_targets_follow_the_definition(M):
             if exists:
                 assert (of.label[0, b, j - 1], of.previous[0, b, j - 1]) == (text[t + 1], text[t])
                 assert of.row[0, b, j - 1] == t
+
+
+def test_noise_is_drawn_evenly_anew_for_every_epoch_document_anchor_and_offset():
+    noise = Noise(5, 15)
+    places = [(epoch, document) for epoch in range(3) for document in range(3)]
+    rows = [noise_ids(hash_positions(0, *place, np.arange(500)), 4, noise) for place in places]
+    assert {ids.shape for ids in rows} == {(500, 4)} and {ids.dtype for ids in rows} == {np.dtype(np.int32)}
+    drawn = np.stack(rows)  # [places, anchors, offsets]
+    counts = np.bincount(drawn.ravel(), minlength=15)
+    assert counts[:5].sum() == 0 and len(counts) == 15
+    expected = drawn.size / 10
+    assert np.sum((counts[5:] - expected) ** 2 / expected) < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
+    for axis in range(3):  # neighbours are alike no more often than chance has it
+        alike = np.mean(np.diff(drawn, axis=axis) == 0)
+        assert abs(alike - 0.1) < 0.02, axis
+
+
+def test_noise_of_one_id_is_that_id():
+    assert (noise_ids(hash_positions(0, 0, 0, np.arange(9)), 3, Noise(7, 8)) == 7).all()

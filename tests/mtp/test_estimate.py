@@ -12,7 +12,7 @@ from tiny import SHAPE, V, geometry, noisy
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import init_params
 from mtp_jax.mtp.adapter import init_adapter
-from mtp_jax.mtp.estimate import Continuations, Estimator, tokens_per_step, usable, walk
+from mtp_jax.mtp.estimate import Continuations, Estimator, tokens_per_step, usable, walk, walk_twice
 
 PROMPT, NEW = 5, 14
 
@@ -101,3 +101,15 @@ def test_walk_of_known_acceptances():
     of = Continuations(np.zeros((1, 8)), np.array([3]), np.array([8]))
     assert tokens_per_step(accepted[None], of, 8) == 2.0
     assert usable(8) == [1, 2, 4, 8] and usable(6) == [1, 2, 4, 6] and usable(1) == [1]
+
+
+def test_walk_in_two_passes_of_known_acceptances():
+    accepted = np.array([9, 9, 9, 2, 9, 0, 9, 9, 9, 9])  # prefill gave the token of row 3, the first seed
+    # Row 3 emits rows 4, 5, 6 and, verified behind them, 7: the next seed; its drafts reach the end.
+    assert walk_twice(accepted, 3, 10, 8) == (6, 4)
+    # One draft: 3 -> 6 -> 9, the last.
+    assert walk_twice(accepted, 3, 10, 1) == (6, 4)
+    assert walk_twice(np.zeros(10, int), 3, 10, 8) == (6, 6)  # nothing accepted: still two tokens in two passes
+    assert walk_twice(accepted, 3, 4, 8) == (0, 0)
+    of = Continuations(np.zeros((1, 10)), np.array([3]), np.array([10]))
+    assert tokens_per_step(accepted[None], of, 8, walk_twice) == 1.5

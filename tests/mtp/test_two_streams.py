@@ -13,6 +13,7 @@ from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.mask_kernel import Tiling
 from mtp_jax.model.weights import init_params
 from mtp_jax.mtp.adapter import init_adapter
+from mtp_jax.mtp.blocks import Noise
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
 
 PAPER = LossTerms(target="data", sampler_on_real=True)
@@ -23,6 +24,9 @@ def near(ours, theirs, bound):
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert np.linalg.norm(ours - theirs) <= bound * max(np.linalg.norm(theirs), 1e-6)
 
+
+NOISE = Noise(2, 23)
+NOISY = dataclasses.replace(SHAPE, sampler="none", noise=NOISE)
 
 # Rows in a loss chunk, blocks in an attention chunk, blocks computed at a time.
 WHOLE, PIECES = (1024, 1024, None), (7, 2, 3)
@@ -36,6 +40,7 @@ CASES = {
     "ungated": ({"anchors": 6}, dataclasses.replace(SHAPE, gated=False), PAPER, {}),
     "paper sampler": ({"anchors": 4}, dataclasses.replace(SHAPE, sampler="paper"), PAPER, {}),
     "no sampler": ({"anchors": 4}, dataclasses.replace(SHAPE, sampler="none"), LossTerms(target="data"), {}),
+    "noise rows": ({"documents": ((5, 7), (3, 4, 5)), "noise": NOISE}, NOISY, LossTerms(), {}),
     "few targets": ({"anchors": 4}, dataclasses.replace(SHAPE, targets=("q", "v")), PAPER, {}),
     "hard base targets": ({"anchors": 6}, SHAPE, LossTerms(target="base_hard"), {}),
     "soft base targets": ({"documents": ((5, 7), (12,))}, SHAPE, LossTerms(target="base_soft"), {}),
@@ -86,9 +91,9 @@ TOGETHER = {
         {"model_type": "qwen2", "tie_word_embeddings": True},
     ),
 }
-QUICK = ("all anchors", "ungated soft", *TOGETHER)
+QUICK = ("all anchors", "noise rows", "ungated soft", *TOGETHER)
 # Chunked where the shape of a case makes a difference to it.
-CHUNKED = ("all anchors", "padded anchors", "ungated", "sliding windows", "total variation")
+CHUNKED = ("all anchors", "noise rows", "padded anchors", "ungated", "sliding windows", "total variation")
 RUNS = [pytest.param(case, WHOLE, marks=() if case in QUICK else pytest.mark.slow) for case in CASES | TOGETHER] + [
     pytest.param(case, PIECES, marks=() if case == "sliding windows" else pytest.mark.slow) for case in CHUNKED
 ]

@@ -34,7 +34,7 @@ def noisy(tree, key, scale):
     return jax.tree.map(lambda x: x + scale * jnp.asarray(draw.standard_normal(x.shape), x.dtype), tree)
 
 
-def make_batch(anchors=None, documents=((12,), (12,)), prompt=0):
+def make_batch(anchors=None, documents=((12,), (12,)), prompt=0, noise=None):
     """Packed sequences; `prompt` tokens at each document's start are unsupervised; anchors None for all."""
     random = np.random.default_rng(0)
     B = len(documents)
@@ -53,6 +53,8 @@ def make_batch(anchors=None, documents=((12,), (12,)), prompt=0):
         choose_anchors(hash_positions(1, 0, b, np.arange(T)), supervised[b], segments[b], anchors) for b in range(B)
     ]
     fields = {"positions": positions, "segments": segments, "supervised": supervised, "anchors": np.stack(chosen)}
+    if noise is not None:
+        fields["noise"] = random.integers(noise.low, noise.high, (*fields["anchors"].shape, M)).astype(np.int32)
     return jax.tree.map(jnp.asarray, {"tokens": text[:, :-1], "labels": text[:, 1:], **fields})
 
 
@@ -60,4 +62,4 @@ def latents_of(loss, adapter, frozen, batch):
     """Latents of real rows and of mask rows."""
     context, _ = loss.real(adapter, frozen, batch)
     blocks = blocks_of(batch["anchors"], batch["positions"], batch["segments"])
-    return context.latents, loss.latents(adapter, frozen, context, blocks)
+    return context.latents, loss.latents(adapter, frozen, context, blocks, batch.get("noise"))

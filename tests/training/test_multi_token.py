@@ -17,7 +17,7 @@ from orbax.checkpoint import StandardCheckpointer
 from safetensors.numpy import load_file
 
 from mtp_jax.config_file import validate
-from mtp_jax.data.batches import Anchors, training_batches
+from mtp_jax.data.batches import training_batches
 from mtp_jax.data.frequency import frequent_tokens
 from mtp_jax.data.sources import read_sources
 from mtp_jax.errors import UserError
@@ -27,6 +27,7 @@ from mtp_jax.model.decoder import Decoder
 from mtp_jax.mtp import adapter_folder
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
 from mtp_jax.mtp.adapter_folder import open_adapter
+from mtp_jax.mtp.blocks import Anchors, Noise
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
 from mtp_jax.runs.folder import RunFolder
 from mtp_jax.training import start as start_of_runs
@@ -183,6 +184,44 @@ def test_a_run_keeps_the_draft_vocabulary_that_it_began_with(adapter_tree, base,
     for other in (None, 41):
         adapter_tree["mtp"]["vocabulary"] = other
         with pytest.raises(UserError, match=rf"mtp\.vocabulary={other} differs from 40, which model\.adapter"):
+            train(validate(adapter_tree, "tree"))
+
+
+def test_noise_rows_train_the_lora_alone_and_a_run_resumes_bit_for_bit(adapter_tree, base):
+    adapter_tree["mtp"] |= {"rows": "noise", "sampler": "none", "noise": {"low": 3}}
+    config = validate(adapter_tree, "tree")
+    out, opened = Path(train(config)), open_base(str(base))
+    found = open_adapter(str(out), opened)
+    assert found.shape.noise == Noise(3, opened.g.V) and found.arrays.keys() == {"lora"}
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(found.arrays))
+    held = found.config["training"]["held_out"]
+    assert list(held["tokens_per_step"]) == list(held["tokens_per_pass_of_two"]) == ["1", "2", "3"]
+    assert all(1 <= figure <= 2.5 for figure in held["tokens_per_pass_of_two"].values())
+    # Resumed from step 9 it draws the same noise.
+    before, files = (out.parent / "metrics.jsonl").read_bytes(), load_file(out / "adapter.safetensors")
+    shutil.rmtree(out.parent / "checkpoints" / "12")
+    train(config)
+    assert (out.parent / "metrics.jsonl").read_bytes() == before
+    again = load_file(out / "adapter.safetensors")
+    assert all(np.array_equal(again[key], files[key]) for key in files) and again.keys() == files.keys()
+    # It can be trained on with the same noise, and with no other.
+    adapter_tree["output_dir"] += "-more"
+    adapter_tree["model"]["adapter"] = str(out)
+    adapter_tree["train"] |= {"steps": 1, "warmup_steps": 0}
+    adapter_tree["mtp"]["masks"], adapter_tree["evaluation"] = 2, {}
+    assert open_adapter(train(validate(adapter_tree, "tree")), opened).shape.masks == 2
+    for rows in ({"noise": {"low": 4}}, {"rows": "learned", "noise": None}):
+        with pytest.raises(UserError, match=r"mtp\.noise=.* differs from Noise\(low=3, .*, which model\.adapter"):
+            train(validate(adapter_tree | {"mtp": adapter_tree["mtp"] | rows}, "tree"))
+
+
+def test_noise_is_of_the_models_tokens(adapter_tree, base):
+    V = open_base(str(base)).g.V
+    for noise in ({"high": V + 1}, {"low": V}):
+        adapter_tree["mtp"] = {"rows": "noise", "sampler": "none", "noise": noise}
+        with pytest.raises(
+            UserError, match=rf"mtp\.noise: ids from .* should be some of the model's {V}, 0 to {V - 1}"
+        ):
             train(validate(adapter_tree, "tree"))
 
 

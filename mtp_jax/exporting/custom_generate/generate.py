@@ -223,7 +223,8 @@ class Adapter:
         dtype = model.dtype
         first, last = model.get_input_embeddings().weight.device, model.get_output_embeddings().weight.device
         on = lambda name, kind=None: tensors[name].to(last, kind or dtype)  # noqa: E731
-        self.masks = tensors["mtp.masks"].to(first, dtype)
+        self.noise = config.get("noise")  # mask rows hold random tokens in place of learned embeddings
+        self.masks = None if self.noise else tensors["mtp.masks"].to(first, dtype)
         scale = config["alpha"] / config["rank"]
         self.layers = []
         for i, layer in enumerate(model.get_decoder().layers[: model.config.num_hidden_layers]):
@@ -466,8 +467,7 @@ class Rows:
         n = layout.positions.shape[1]
         x = self.embedding(tokens).flatten(0, 1)
         if n > R:
-            masks = self.adapter.masks[(layout.offsets - 1).to(x.device)]
-            x = torch.cat([x, masks.repeat(B, 1)])
+            x = torch.cat([x, self._mask_embeddings(layout.offsets, B)])
         same = len(set(starts)) == 1
         begins = torch.tensor(starts, device=tokens.device)
         positions = begins[:, None] + layout.positions
@@ -509,6 +509,12 @@ class Rows:
             x = x + h
         x = self.inner.norm(x)
         return x[:real].view(B, R, x.shape[1]), x[real:].view(B, n - R, x.shape[1])
+
+    def _mask_embeddings(self, offsets, B):
+        """What mask rows hold, [B * Q, D]: learned embeddings, or those of tokens drawn anew."""
+        if self.adapter.noise is None:
+            return self.adapter.masks[(offsets - 1).to(self.adapter.masks.device)].repeat(B, 1)
+        return self.embedding(torch.randint(self.adapter.noise["low"], self.adapter.noise["high"], (B * len(offsets),)))
 
     def embedding(self, tokens):
         """Input embeddings, on the device of the table."""
