@@ -22,10 +22,14 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--model", help="the base model, where it is no longer where the adapter was trained with it")
     parser.add_argument(
+        "--engine",
+        choices=["sglang", "vllm", "peft-mtp"],
+        help="write what this engine loads: the LoRA alone, of an adapter with rows of noise (peft-mtp: a proposal)",
+    )
+    parser.add_argument(
         "--base",
         choices=["copy", "reference"],
-        default="copy",
-        help="copy the base model's files, bit for bit, or only point to it by name and revision",
+        help="copy the base model's files, bit for bit (default), or only point to it by name and revision",
     )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of what was trained; as stored by default"
@@ -59,7 +63,8 @@ def main() -> None:
 
         measured = measure(source, a.prompts)
     with target(a.out) as out:
-        write_export(source, out, a.base, a.peft, a.dtype and jnp.dtype(a.dtype), measured, a.push_to_hub)
+        dtype = a.dtype and jnp.dtype(a.dtype)
+        write_export(source, out, a.base or "copy", a.peft, dtype, measured, a.push_to_hub, a.engine)
     if a.peft:
         print(f"warning: {WARNING}", file=sys.stderr)
     print(f"exported: {a.out if is_bucket(a.out) else out}")
@@ -69,6 +74,14 @@ def main() -> None:
 
 def _check_options(a: argparse.Namespace, source: "Source") -> None:
     """Raise UserError for options that do not fit what is exported."""
+    if a.engine is not None:
+        options = {"--base": a.base, "--peft": a.peft, "--prompts": a.prompts}
+        if given := [name for name, value in options.items() if value]:
+            raise UserError(f"{', '.join(given)}: --engine writes the LoRA alone, without base or card; leave it out.")
+        from mtp_jax.exporting.engines import check_engine
+
+        check_engine(source, a.engine)
+        return
     if source.adapter is not None:
         if a.base == "reference" and source.name.startswith("bundled:"):
             raise UserError(f"--base reference: transformers does not know {source.name}; give --base copy.")

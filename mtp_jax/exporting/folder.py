@@ -14,11 +14,13 @@ from mtp_jax import storage
 from mtp_jax.errors import FULL_DISK, UserError
 from mtp_jax.exporting.base_files import convert_weights, copy_companions, copy_weights
 from mtp_jax.exporting.card import model_card
+from mtp_jax.exporting.engines import write_engine
+from mtp_jax.exporting.peft import CONFIG as PEFT_CONFIG
 from mtp_jax.exporting.peft import FOLDER as PEFT_FOLDER
 from mtp_jax.exporting.peft import write_peft
-from mtp_jax.exporting.source import Source
+from mtp_jax.exporting.source import Source, pointer_of
 from mtp_jax.files import cache_folder, expanded, read_json, scratch_folder, whole_or_absent
-from mtp_jax.mtp.adapter_folder import CONFIG, write_adapter_files
+from mtp_jax.mtp.adapter_folder import CONFIG, ENGINE_CONFIG, write_adapter_files
 
 _CODE = "custom_generate"
 
@@ -64,7 +66,7 @@ def target(name: str) -> Iterator[Path]:
     kept = cache_folder(storage.CACHE) or scratch_folder()
     with tempfile.TemporaryDirectory(dir=kept) as scratch:
         yield (out := Path(scratch, name.rstrip("/").rsplit("/", 1)[-1]))
-        last = CONFIG if (out / CONFIG).is_file() else "config.json"
+        last = next(name for name in (CONFIG, ENGINE_CONFIG, PEFT_CONFIG, "config.json") if (out / name).is_file())
         storage.replace(out, name.rstrip("/"), last)
 
 
@@ -76,10 +78,12 @@ def write_export(
     dtype: np.dtype | None = None,
     measured: dict[str, Any] | None = None,
     repo: str | None = None,
+    engine: str | None = None,
 ) -> None:
     """Write the folder; it is whole or absent, and replaces an older one.
 
     Args:
+        engine: write what this one loads, see `exporting.engines`, in place of a folder for transformers.
         base: "copy" the base's files, or only write a "reference" to it.
         peft: also write the LoRA alone in PEFT's format.
         dtype: of the adapter, or of a whole model; as stored by default. A copied base is never changed.
@@ -88,7 +92,12 @@ def write_export(
     """
     try:
         with whole_or_absent(out) as part:
-            _write(source, part, base, peft, dtype, measured, repo)
+            if engine is None:
+                _write(source, part, base, peft, dtype, measured, repo)
+            else:
+                assert source.adapter is not None
+                figures = source.adapter.config.get("measured")
+                write_engine(source, part, engine, dtype or source.adapter.dtype, figures)
     except OSError as error:
         if error.errno in FULL_DISK:
             raise
@@ -112,13 +121,11 @@ def _write(
         else:
             convert_weights(source.base, part, dtype)
     if trained is not None:
-        known = {key: value for key, value in trained.config["base"].items() if key in ("fingerprint", "values")}
-        pointer = {"name": source.name, **known}
-        if source.revision is not None:
-            pointer["revision"] = source.revision
         kept, summary = dtype or trained.dtype, trained.config.get("training") or {}
         figures = measured or trained.config.get("measured")
-        write_adapter_files(part, source.base.g, trained.shape, trained.arrays, pointer, summary, kept, figures)
+        write_adapter_files(
+            part, source.base.g, trained.shape, trained.arrays, pointer_of(source), summary, kept, figures
+        )
         code = resources.files("mtp_jax.exporting") / _CODE
         (part / _CODE).mkdir()
         for name in ("generate.py", "requirements.txt"):

@@ -9,7 +9,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.files import read_json
 from mtp_jax.locate import find_folder
 from mtp_jax.model.base import Base, open_base
-from mtp_jax.mtp.adapter_folder import CONFIG, Adapter, find_adapter, open_adapter
+from mtp_jax.mtp.adapter_folder import CONFIG, Adapter, files_of, find_adapter, open_adapter
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,19 @@ def find_source(run: str | None, adapter: str | None, model: str | None) -> Sour
         adapter = str(result)
     assert adapter is not None
     folder = find_adapter(adapter)
-    pointer = read_json(folder / CONFIG).get("base") or {}
+    pointer = read_json(files_of(folder)[0]).get("base") or {}
     name, revision = str(pointer.get("name", "")), pointer.get("revision")
     base = open_base(str(_base_folder(folder, name, revision, model)))
     if revision is None and base.folder.parent.name == "snapshots":  # where the hub's library keeps a revision
         revision = base.folder.name
     return Source(base, open_adapter(str(folder), base), name, revision)
+
+
+def pointer_of(source: Source) -> dict[str, str]:
+    """What an adapter's config says of its base."""
+    assert source.adapter is not None
+    known = {key: value for key, value in source.adapter.config["base"].items() if key in ("fingerprint", "values")}
+    return {"name": source.name, **known, **({} if source.revision is None else {"revision": source.revision})}
 
 
 def _result(run: str) -> Path:
