@@ -68,7 +68,17 @@ def evaluate(study: dict[str, Any], name: str, a: argparse.Namespace) -> None:
         return
     plans = study["variants"][name].get("plans", study["plans"])
     words = ["--model", a.model, "--adapter", str(a.out / name), "--suite", *a.suites, "--plans", plans]
-    sizes = ["--count", str(a.count), "--new-tokens", str(a.new_tokens), "--batch-sizes", "8", "--rounds", "1"]
+    sizes = [
+        "--count",
+        str(a.count),
+        "--new-tokens",
+        str(a.new_tokens),
+        "--batch-sizes",
+        "8",
+        "--rounds",
+        "1",
+        "--estimate",
+    ]
     run("mtp_jax.evaluate", *words, *sizes, "--out", str(folder))
 
 
