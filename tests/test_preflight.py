@@ -34,6 +34,8 @@ def test_it_fits_this_machine(planned, write_config, command, rows):
     for part in (
         "training on this machine's cpu, 1 chip (data=1, fsdp=1, tensor=1): fits",
         "TFLOP",
+        "reads, writes",
+        "mask rows/attend",
         "receives",
         "none",
     ):

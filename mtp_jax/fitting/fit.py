@@ -19,6 +19,7 @@ from mtp_jax.files import expanded, read_json
 from mtp_jax.fitting.chips import EFFICIENCY, Chip, local_chip, parse_topology, topology_devices
 from mtp_jax.fitting.compiled import bytes_by_kind, collectives, flops
 from mtp_jax.fitting.decoding import decoding_program
+from mtp_jax.fitting.traffic import traffic
 from mtp_jax.locate import find_folder
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.mtp.losses import MultiTokenLoss
@@ -49,6 +50,7 @@ class Fit:
     temporaries: int
     peak: int
     flops: float
+    traffic: dict[str, int] | None  # bytes read from memory and written to it, by part of the model, and `all`
     moved: dict[str, int] | None  # bytes received, by kind of collective; None where the program cannot be read
     largest_gather: int  # bytes; a gathered array is whole on each chip
     seconds: float | None  # expected for a step
@@ -73,6 +75,7 @@ class Fit:
             f"  a chip holds      {_gb(self.peak)}{has}: arguments {_gb(self.arguments)}, "
             f"temporaries {_gb(self.temporaries)}",
             f"  it computes       {self.flops / 1e12:.2f} TFLOP in a step",
+            f"  it reads, writes  {_parts(self.traffic)}",
             f"  it receives       {received}",
         ]
         if self.seconds is not None:
@@ -178,14 +181,15 @@ def _fit(what: str, place: Place, step: Any, arguments: Any, tokens: int, hints:
             peak, limit = (int(float(n) * _UNITS[unit]) for n, unit in (said.groups()[:2], said.groups()[2:]))
             spent = time.perf_counter() - begin
             return Fit(
-                *(what, place.name, chips, mesh, False, limit, held, max(0, peak - held), peak, work, {}, 0, None),
-                *(tokens, spent, hints),
+                *(what, place.name, chips, mesh, False, limit, held, max(0, peak - held), peak, work, None, {}, 0),
+                *(None, tokens, spent, hints),
             )
         spent = time.perf_counter() - begin
-        moved, largest = None, 0
+        moved, largest, touched = None, 0, None
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             texts = [path.read_text() for path in Path(printed).glob("*.after_codegen.txt")]
-            found = collectives(max(texts, key=len) if texts else compiled.as_text())
+            text = max(texts, key=len) if texts else compiled.as_text()
+            found, touched = collectives(text), traffic(text, _SCOPES)
             moved, largest = bytes_by_kind(found), max((c.size for c in found if c.kind == "all-gather"), default=0)
     memory = compiled.memory_analysis()
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -193,16 +197,19 @@ def _fit(what: str, place: Place, step: Any, arguments: Any, tokens: int, hints:
     peak = held + temporaries + memory.generated_code_size_in_bytes
     fits = place.memory is None or peak <= place.memory
     seconds = None
-    if place.chip is not None:  # weights are read at least once; communication overlaps with arithmetic
+    if place.chip is not None:  # arithmetic, memory and communication overlap
         chip = place.chip
-        needed = (work / chip.flops, held / chip.bandwidth, sum((moved or {}).values()) / chip.links)
+        memory_bytes = touched["all"] if touched else held  # what is held is read at least once
+        needed = (work / chip.flops, memory_bytes / chip.bandwidth, sum((moved or {}).values()) / chip.links)
         seconds = max(needed) / EFFICIENCY
     return Fit(
-        *(what, place.name, chips, mesh, fits, place.memory, held, temporaries, peak, work, moved, largest),
+        *(what, place.name, chips, mesh, fits, place.memory, held, temporaries, peak, work, touched, moved, largest),
         *(seconds, tokens, spent, () if fits else hints),
     )
 
 
+# Parts of the model that a program's bytes are counted for. `attend` is attention without its projections.
+_SCOPES = ("mask_rows/attend", "mask_rows/attention", "mask_rows/mlp", "real_rows", "vocabulary")
 _UNITS = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -238,6 +245,14 @@ def _local_bytes(leaf: Any) -> int:
     for n in shape:
         size *= n
     return size * (leaf.dtype.itemsize if hasattr(leaf.dtype, "itemsize") else 4)
+
+
+def _parts(traffic: dict[str, int] | None) -> str:
+    if traffic is None:
+        return "not known: this compiler's program cannot be read"
+    parts = sorted((name, size) for name, size in traffic.items() if name not in ("all", "other"))
+    named = ", ".join(f"{name.replace('_', ' ')} {_gb(size)}" for name, size in parts)
+    return _gb(traffic["all"]) + (f": {named}" if named else "")
 
 
 def _gb(size: float) -> str:

@@ -18,6 +18,8 @@ _NAME = re.compile(r'op_name="([^"]*)"')
 def traffic(text: str, scopes: Iterable[str] = ()) -> dict[str, int]:
     """Bytes that a step reads and writes, by the first of `scopes` in an instruction's name, `other` and `all`.
 
+    A scope within another is named with it: `mask_rows/attend`.
+
     Every instruction reads its operands and writes its result once, but for what stays on the chip; of an array that is
     only sliced, the slices count, and of one that is updated in place, the update. A loop counts as often as it runs,
     and one whose length is not known once.
@@ -33,7 +35,7 @@ def traffic(text: str, scopes: Iterable[str] = ()) -> dict[str, int]:
             moved = times * _moved(instruction, shapes, every)
             named = _NAME.search(instruction.rest)
             parts = re.split(r"[/()]", named.group(1)) if named else []
-            found[next((scope for scope in scopes if scope in parts), "other")] += moved
+            found[next((scope for scope in scopes if set(scope.split("/")) <= set(parts)), "other")] += moved
             found["all"] += moved
     return dict(found)
 

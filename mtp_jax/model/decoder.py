@@ -197,10 +197,11 @@ class Layer(nn.Module):
         The MLP takes the blocks in `parts`: in its backward pass some ten arrays of width F exist at a time.
         """
         q, k, v = self._attention_inputs(m, cos, sin, adapted=True)
-        if tiles is not None and real.k.shape[2] % tiles.keys == 0:
-            h = attend_blocks_fused(q, (k, v), real, blocks, keys, window, tiles)
-        else:
-            h = attend_blocks(q, (k, v), real, blocks, keys, window, chunk)
+        with jax.named_scope("attend"):
+            if tiles is not None and real.k.shape[2] % tiles.keys == 0:
+                h = attend_blocks_fused(q, (k, v), real, blocks, keys, window, tiles)
+            else:
+                h = attend_blocks(q, (k, v), real, blocks, keys, window, chunk)
         m = self._attended(m, h, adapted=True)
         with_weights = self._mlp_weights(m.dtype, adapted=True)  # gathered once for all parts
         return map_chunks(lambda m: self._mlp(m, with_weights), m, -(-m.shape[1] // parts))

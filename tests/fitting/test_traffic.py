@@ -75,6 +75,7 @@ def test_loops_slices_updates_and_what_stays_on_the_chip():
     assert found["attention"] == product and found["mlp"] == copied
     assert found["all"] == found["attention"] + found["mlp"] + found["other"]
     assert found["other"] == stored + begun + start
+    assert traffic(LOOP, ("attention/mlp", "body/attention"))["body/attention"] == product  # one scope in another
 
 
 def test_a_compiled_program_moves_what_it_must():
