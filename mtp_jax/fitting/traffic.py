@@ -9,6 +9,7 @@ from mtp_jax.fitting.compiled import Instruction, array_bytes, computations, exe
 # They name arrays, or hand them on, and move nothing.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 _FREE |= {"iota", "partition-id", "replica-id", "opt-barrier", "add-dependency"}
+_FREE |= {"async-start"}  # what it calls is counted itself
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _ON_CHIP = re.compile(r"S\(1\)")
 _OPERAND = re.compile(r"%([\w.-]+)")
@@ -53,8 +54,11 @@ def _moved(instruction: Instruction, shapes: dict[str, str], every: dict[str, li
         (inside,) = [every[name] for name in _called(instruction)]
         return _fusion(inside, [shapes[name] for name in operands], instruction.shape)
     written = _size(instruction.shape)
-    if op in _SLICES:
-        return 2 * written
+    if op in _SLICES:  # read wherever the result goes
+        source = shapes[operands[0]] if operands else ""
+        return written + (
+            0 if _ON_CHIP.search(source) else sum(sum(array_bytes(piece)) for piece in _pieces(instruction.shape))
+        )
     if op == "dynamic-update-slice":
         return 2 * _size(shapes[operands[1]])
     if op.endswith("-start"):  # the result also names the operands
@@ -97,5 +101,9 @@ def _fusion(inside: list[Instruction], operands: list[str], shape: str) -> int:
 
 def _size(shape: str) -> int:
     """Bytes of the arrays of a shape that lie in memory and not on the chip."""
-    pieces = re.findall(r"[a-z]+\d*(?:e\d+m\d+\w*)?\[[\d,]*\](?:\{[^}]*\})?", shape)
-    return sum(sum(array_bytes(piece)) for piece in pieces if not _ON_CHIP.search(piece))
+    return sum(sum(array_bytes(piece)) for piece in _pieces(shape) if not _ON_CHIP.search(piece))
+
+
+def _pieces(shape: str) -> list[str]:
+    """The arrays of a shape."""
+    return re.findall(r"[a-z]+\d*(?:e\d+m\d+\w*)?\[[\d,]*\](?:\{[^}]*\})?", shape)

@@ -92,3 +92,33 @@ def test_a_compiled_program_moves_what_it_must():
     found = traffic(compiled.as_text(), ("mlp",))
     least = L * 4 * (D * D + 2 * R * D)
     assert least <= found["mlp"] <= 1.01 * least and found["all"] <= 3.2 * least  # the slice may be copied first
+
+
+# A weight that is fetched to the chip in two halves beside other work, as libtpu writes it.
+FETCHED = """\
+HloModule jit_f
+
+%half.1 (param_0: bf16[512,256]) -> bf16[256,256] {
+  %param_0 = bf16[512,256]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %slice.1 = bf16[256,256]{1,0:T(8,128)(2,1)S(1)} slice(%param_0), slice={[0:256], [0:256]}
+}
+
+%half.2 (param_0.2: bf16[512,256]) -> bf16[256,256] {
+  %param_0.2 = bf16[512,256]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %slice.2 = bf16[256,256]{1,0:T(8,128)(2,1)S(1)} slice(%param_0.2), slice={[256:512], [0:256]}
+}
+
+ENTRY %main (w: bf16[512,256], x: f32[256]) -> f32[256] {
+  %w = bf16[512,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %x = f32[256]{0} parameter(1)
+  %start.1 = ((bf16[512,256]{1,0}), bf16[256,256]{1,0:S(1)}, s32[]{:S(2)}) async-start(%w), calls=%half.1
+  %start.2 = ((bf16[512,256]{1,0}), bf16[256,256]{1,0:S(1)}, s32[]{:S(2)}) async-start(%w), calls=%half.2
+  %done.1 = bf16[256,256]{1,0:S(1)} async-done(%start.1)
+  %done.2 = bf16[256,256]{1,0:S(1)} async-done(%start.2)
+  ROOT %sum = f32[256]{0} custom-call(%done.1, %done.2, %x)
+}
+"""
+
+
+def test_what_is_fetched_in_parts_is_read_once():
+    assert traffic(FETCHED)["all"] == 2 * 512 * 256 + 4 * 256 + 4 * 256
