@@ -362,6 +362,9 @@ def tpu_compiler(monkeypatch):
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install '.[preflight]'")
     import jax
 
+    from mtp_jax.fitting.chips import without_chip
+
+    without_chip()
     jax.devices()  # reads the flags
     monkeypatch.delenv("XLA_FLAGS", raising=False)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import environment
 
+from mtp_jax.fitting.chips import topology_devices
 from mtp_jax.model import mask_kernel as subject
 from mtp_jax.model.attention import Blocks, LayerCache, RealRows, attend_blocks
 from mtp_jax.model.mask_kernel import Tiling, attend_blocks_fused, tiling
@@ -133,11 +134,10 @@ def test_shapes_that_fit(platform, keys, width, fits):
     assert (tiling(platform, keys, width) is not None) == fits
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_compiler_for_gpus_takes_the_kernels(dtype):
-    """As far as Triton's language; there is no GPU here to compile it further for."""
-    blocks, masks, width, keys = 16, 8, 64, 256
-    tiles = tiling("gpu", keys, width)
+def program(platform, dtype, width):
+    """Output and gradients of the kernels, and the shapes of their arguments."""
+    blocks, masks, keys = 16, 8, 256
+    tiles = tiling(platform, keys, width)
 
     def step(q, k, v, cache, at, segments, real):
         of, reals = Blocks(at, at, segments), RealRows(real, real)
@@ -147,6 +147,24 @@ def test_the_compiler_for_gpus_takes_the_kernels(dtype):
     wide = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     whole = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     own, cache = wide(1, blocks, masks, 2, width), LayerCache(wide(1, 2, keys, width), wide(1, 2, keys, width))
-    arguments = (wide(1, blocks, masks, 4, width), own, own, cache, whole(1, blocks), whole(1, blocks), whole(1, keys))
+    return step, (wide(1, blocks, masks, 4, width), own, own, cache, *[whole(1, blocks)] * 2, whole(1, keys))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_compiler_for_gpus_takes_the_kernels(dtype):
+    """As far as Triton's language; there is no GPU here to compile it further for."""
+    step, arguments = program("gpu", dtype, 64)
     text = jax.jit(step).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") >= 2
+
+
+@pytest.mark.usefixtures("tpu_compiler")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
+def test_the_compiler_for_tpus_compiles_the_kernels(topology, dtype):
+    step, arguments = program("tpu", dtype, 128)
+    chip = jax.sharding.SingleDeviceSharding(topology_devices(topology)[0])
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), arguments)
+    lowered = jax.jit(step).trace(*placed).lower(lowering_platforms=("tpu",))
+    assert lowered.as_text().count("tpu_custom_call") >= 2
+    assert lowered.compile().memory_analysis().temp_size_in_bytes >= 0
