@@ -8,7 +8,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import block_diag
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -92,7 +91,7 @@ class XlaForward:
                 into = layer[group] = {}
                 if lora is not None and any(name in lora["layers"] for name in names):
                     a, b = lora_parts(self.model, lora, names, i)
-                    into |= {"a": jnp.concatenate(a, axis=-1), "b": block_diag(*b)}
+                    into |= {"a": jnp.concatenate(a, axis=-1), "b": tuple(b)}
                 if self.joined:
                     parts = [params[f"layer_{i}"].pop(name) for name in names]
                     into |= {kind: jnp.concatenate([part[kind] for part in parts], axis=-1) for kind in parts[0]}

@@ -9,7 +9,7 @@ from mtp_jax.fitting.compiled import Instruction, array_bytes, computations, exe
 # They name arrays, or hand them on, and move nothing.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 _FREE |= {"iota", "partition-id", "replica-id", "opt-barrier", "add-dependency"}
-_FREE |= {"async-start"}  # what it calls is counted itself
+_FREE |= {"async-start", "async-update"}  # what they call is counted itself
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _ON_CHIP = re.compile(r"S\(1\)")
 _OPERAND = re.compile(r"%([\w.-]+)")

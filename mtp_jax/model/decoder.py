@@ -146,7 +146,7 @@ class Layer(nn.Module):
         Args:
             visible: which slots of the cache a row sees.
             fused: matrices by group of projections that read one input: `kernel` (and `bias`) of the group, where they
-                are not left to the projections, and `a` and `b` of its LoRA, which mask rows alone meet.
+                are not left to the projections, and of its LoRA, which mask rows alone meet, `a` of all and each `b`.
             real: how many rows are real.
             first: nothing is in the cache yet.
         """
@@ -161,7 +161,9 @@ class Layer(nn.Module):
             if "bias" in joined:
                 y = y + joined["bias"]
             if "a" in joined and real < x.shape[1]:
-                y = jnp.concatenate([y[:, :real], y[:, real:] + (x[:, real:] @ joined["a"]) @ joined["b"]], axis=1)
+                inner = jnp.split(x[:, real:] @ joined["a"], np.cumsum([len(b) for b in joined["b"]])[:-1], axis=-1)
+                low = [part @ b for part, b in zip(inner, joined["b"], strict=True)]
+                y = jnp.concatenate([y[:, :real], y[:, real:] + jnp.concatenate(low, axis=-1)], axis=1)
             return y
 
         h = project("attention_in", ("q", "k", "v"), self.attention_norm(x)).reshape(*x.shape[:2], -1, g.H)
