@@ -84,7 +84,7 @@ def targets(batch: dict[str, np.ndarray], masks: int) -> Targets:
     names = ("anchors", "positions", "segments", "tokens", "labels", "supervised")
     anchors, positions, segments, *of_rows = (jnp.asarray(batch[name]) for name in names)
     found = jax.jit(targets_of, static_argnums=1)(blocks_of(anchors, positions, segments), masks, *of_rows, segments)
-    return Targets(*(np.asarray(field)[0] for field in found))
+    return Targets(*(None if field is None else np.asarray(field)[0] for field in found))
 
 
 def seen_by_masks(batch: dict[str, np.ndarray], masks: int, window: int | None = None) -> np.ndarray:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 from random_model import Behind, random_generator
 
-from mtp_jax.decoding.loop import DecodeState, Decoding
+from mtp_jax.decoding.loop import DecodeState, Decoding, keys_for
 from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import parse_plan
 from mtp_jax.evaluating.paper import TABLE_1
@@ -39,7 +39,7 @@ class Forced(Decoding):
     def accept(self, state: DecodeState, choice: Int[Array, "B R"]) -> Int[Array, " B"]:
         """As many drafts as one number drawn for each sequence reaches on the curve, and no more than are valid."""
         del choice
-        drawn = jax.vmap(jax.random.uniform)(self._keys(state, _FORCED))
+        drawn = jax.vmap(jax.random.uniform)(keys_for(_FORCED, state.keys, state.length))
         deep = jnp.sum(drawn[:, None] < jnp.asarray(self.curve[: self.plan.drafts]), axis=1)
         return jnp.minimum(deep, state.valid).astype(jnp.int32)
 

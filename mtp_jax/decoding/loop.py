@@ -162,8 +162,8 @@ class Decoding:
         else:
             assert how is not None
             p = distribution(scores, how, self.sampling.truncated)
-            token = draw(p, _keys_for(0, state.keys, state.length))
-        keys = _keys_for(1, state.keys, state.length)
+            token = draw(p, keys_for(0, state.keys, state.length))
+        keys = keys_for(1, state.keys, state.length)
         state = _emit(state, empty, zeros, token, limits)
         if self.options.drafter is not None:
             own = self.options.drafter.prefill(variables, prompts, prompt_length, slots, PREFILL_CHUNK)
@@ -203,9 +203,9 @@ class Decoding:
             assert how is not None
             p = distribution(scores, how, self.sampling.truncated)
             proposal = state.proposal or Proposal(jnp.zeros((B, 0, 1), jnp.int32), jnp.zeros((B, 0, 1)))
-            accepted, token = verify(p, state.drafts, state.valid, proposal, _keys_for(0, state.keys, state.length))
+            accepted, token = verify(p, state.drafts, state.valid, proposal, keys_for(0, state.keys, state.length))
 
-        keys = _keys_for(1, state.keys, state.length)
+        keys = keys_for(1, state.keys, state.length)
         emitted = state._replace(cache=cache, steps=state.steps + ~state.done)
         emitted = _emit(emitted, state.drafts, accepted, token, limits)
         if self.options.drafter is not None:
@@ -238,7 +238,7 @@ class Decoding:
         if (noise := self.forward.shape.noise) is None:
             return variables["mtp"]["masks"][offsets - 1]
         ids = jax.vmap(lambda key: jax.random.randint(key, offsets.shape, noise.low, noise.high))(
-            _keys_for(2, keys, length)
+            keys_for(2, keys, length)
         )
         return self.forward.embedded(variables, ids)
 
@@ -296,7 +296,7 @@ class Decoding:
         return state._replace(drafts=drafts, valid=valid, proposal=certain, drafter=own)
 
 
-def _keys_for(purpose: int, keys: Key[Array, " B"], length: Int[Array, " B"]) -> Key[Array, " B"]:
+def keys_for(purpose: int, keys: Key[Array, " B"], length: Int[Array, " B"]) -> Key[Array, " B"]:
     """Fresh keys for a step of each sequence, as its length grows with every step."""
     return jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, n), purpose))(keys, length)
 
