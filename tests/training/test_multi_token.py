@@ -155,6 +155,16 @@ def test_a_killed_run_ends_like_an_undisturbed_one(adapter_tree, trained, write_
     assert all(np.array_equal(a[key], b[key]) for key in a) and a.keys() == b.keys()
 
 
+def ends_alike_from_step_9(config, out):
+    """A finished run that lost its last checkpoint ends as it did before, bit for bit."""
+    before, files = (out.parent / "metrics.jsonl").read_bytes(), load_file(out / "adapter.safetensors")
+    shutil.rmtree(out.parent / "checkpoints" / "12")
+    train(config)
+    assert (out.parent / "metrics.jsonl").read_bytes() == before
+    again = load_file(out / "adapter.safetensors")
+    assert all(np.array_equal(again[key], files[key]) for key in files) and again.keys() == files.keys()
+
+
 def test_a_run_keeps_the_draft_vocabulary_that_it_began_with(adapter_tree, base, monkeypatch):
     adapter_tree["mtp"]["vocabulary"] = 40
     config = validate(adapter_tree, "tree")
@@ -167,13 +177,8 @@ def test_a_run_keeps_the_draft_vocabulary_that_it_began_with(adapter_tree, base,
     saved = StandardCheckpointer().restore((out.parent / "checkpoints" / "12" / "state").absolute())
     assert saved["trained"].keys() == {"lora", "mtp"} and "vocabulary" not in saved["trained"]["mtp"]
     # Resumed from step 9, whatever would be counted now.
-    before, files = (out.parent / "metrics.jsonl").read_bytes(), load_file(out / "adapter.safetensors")
-    shutil.rmtree(out.parent / "checkpoints" / "12")
     monkeypatch.setattr(start_of_runs, "frequent_tokens", lambda *_: np.arange(40, dtype=np.int32))
-    train(config)
-    assert (out.parent / "metrics.jsonl").read_bytes() == before
-    again = load_file(out / "adapter.safetensors")
-    assert all(np.array_equal(again[key], files[key]) for key in files) and again.keys() == files.keys()
+    ends_alike_from_step_9(config, out)
     # And an adapter that is trained on keeps its own.
     adapter_tree["output_dir"] += "-more"
     adapter_tree["model"]["adapter"] = str(out)
@@ -198,12 +203,7 @@ def test_noise_rows_train_the_lora_alone_and_a_run_resumes_bit_for_bit(adapter_t
     assert list(held["tokens_per_step"]) == list(held["tokens_per_pass_of_two"]) == ["1", "2", "3"]
     assert all(1 <= figure <= 2.5 for figure in held["tokens_per_pass_of_two"].values())
     # Resumed from step 9 it draws the same noise.
-    before, files = (out.parent / "metrics.jsonl").read_bytes(), load_file(out / "adapter.safetensors")
-    shutil.rmtree(out.parent / "checkpoints" / "12")
-    train(config)
-    assert (out.parent / "metrics.jsonl").read_bytes() == before
-    again = load_file(out / "adapter.safetensors")
-    assert all(np.array_equal(again[key], files[key]) for key in files) and again.keys() == files.keys()
+    ends_alike_from_step_9(config, out)
     # It can be trained on with the same noise, and with no other.
     adapter_tree["output_dir"] += "-more"
     adapter_tree["model"]["adapter"] = str(out)
