@@ -69,7 +69,7 @@ class LiteralPacking(MultiTokenLoss):
         )
         reach = jnp.concatenate([positions, jnp.broadcast_to(anchors[..., None], (B, G, M)).reshape(B, -1)], axis=1)
         gate = (block >= 0)[..., None].astype(jnp.float32)
-        cos, sin = angles(g.rope, position)
+        cos, sin = angles(g.layers[0].rope, position)
         R = x.shape[1]
         rows = max(1, SCORE_BYTES // (4 * B * g.N * R))
 

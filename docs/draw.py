@@ -25,7 +25,7 @@ from rich.text import Text
 from mtp_jax.api import load
 from mtp_jax.decoding.plan import quadratic
 from mtp_jax.decoding.show import PassWriter
-from mtp_jax.model.attention import LayerCache, RealRows, attend_blocks, visibility
+from mtp_jax.model.attention import LayerCache, RealRows, Scores, attend_blocks, visibility
 from mtp_jax.mtp.blocks import Targets, blocks_of, choose_anchors, hash_positions, targets_of
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -103,7 +103,7 @@ def seen_by_masks(batch: dict[str, np.ndarray], masks: int, window: int | None =
     def probe(batch: Any, real: LayerCache, own: tuple[jax.Array, jax.Array]) -> jax.Array:
         blocks = blocks_of(batch["anchors"], batch["positions"], batch["segments"])
         keys = RealRows(batch["positions"], batch["segments"])
-        return attend_blocks(own[0], own, real, blocks, keys, window, chunk=count)
+        return attend_blocks(own[0], own, real, blocks, keys, window, count, Scores(1.0))
 
     fields = {name: batch[name] for name in ("anchors", "positions", "segments")}
     return np.asarray(probe(fields, real, own)[0, :, :, 0]) > 0

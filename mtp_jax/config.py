@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -86,7 +86,8 @@ class Lora(_Section):
 
     rank: int = Field(default=32, ge=1)  # R
     alpha: float | None = Field(default=None, gt=0)  # null for 2R; the product is scaled by alpha/R
-    targets: list[Projection] = Field(default=list(get_args(Projection)), min_length=1)
+    # Null for all that the model has: those of attention and MLP, or with a mixture of experts those of attention.
+    targets: list[Projection] | None = Field(default=None, min_length=1)
     gated: bool = True  # false: standard LoRA, which real rows meet too; cannot decode losslessly
 
 

@@ -27,6 +27,7 @@ RULES = (
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
+    ("experts", "fsdp"),
 )
 
 

@@ -271,12 +271,12 @@ class Models:
             for name, weight in sorted(model.named_parameters()):
                 noise = torch.from_numpy(draw.standard_normal(tuple(weight.shape), np.float32))
                 if "norm" in name:
-                    weight.copy_(1 + 0.3 * noise)
+                    weight.copy_((0 if "gemma" in family else 1) + 0.3 * noise)
                 elif name.endswith("bias"):
                     weight.copy_(0.3 * noise)
                 else:
                     embedding = "embed_tokens" in name and not model.config.tie_word_embeddings
-                    weight.copy_(noise if embedding else noise / weight.shape[1] ** 0.5)
+                    weight.copy_(noise if embedding else noise / weight.shape[-1] ** 0.5)
         return model.eval()
 
     @staticmethod

@@ -17,8 +17,11 @@ from mtp_jax.mtp.adapter import AdapterShape
 
 
 def fastest_forward(model: Decoder, shape: AdapterShape | None, whole: bool = True) -> Forward:
-    """The forward pass for decoding here: in C++ on a CPU, where weights are `whole` on one device, else XLA's."""
-    fits = whole and model.dtype == jnp.float32 and jax.default_backend() == "cpu"
+    """The forward pass for decoding here: in C++ on a CPU, where weights are `whole` on one device, else XLA's.
+
+    Families with other layers than Llama's, Mistral's and Qwen's are XLA's too.
+    """
+    fits = whole and model.g.plain and model.dtype == jnp.float32 and jax.default_backend() == "cpu"
     if fits and os.environ.get("MTP_JAX_NATIVE") != "0":
         try:
             build = native.library().build

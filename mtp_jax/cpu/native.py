@@ -109,7 +109,7 @@ def layers(
         embedding: the table [V, D], float32, or bfloat16 numbers as uint16.
         masks: embeddings of the rows behind them, which meet the LoRA; of all sequences alike, or of each its own.
         norm: scale of the final norm.
-        kinds: which visibility of `rows` each layer has.
+        kinds: which visibility of `rows` each layer has; all rotate alike.
     Returns:
         Latents, and the cache with the real rows; written in place where nothing else needs the one that was given.
     """
@@ -134,7 +134,7 @@ def layers(
     call = jax.ffi.ffi_call("mtp_jax_layers", (latents, *caches), input_output_aliases=alias)
     visible = (rows.low, rows.high, rows.own)
     y, *written = call(
-        *(tokens, embedding, masks.reshape(-1, D), rows.cos, rows.sin, *visible, rows.start, norm, *arguments),
+        *(tokens, embedding, masks.reshape(-1, D), rows.cos[0], rows.sin[0], *visible, rows.start, norm, *arguments),
         **{name: _numbers(numbers) for name, numbers in shape.items()},
         head_norms=np.int64(len(first.norms) > 2),
         epsilon=np.float32(epsilon),

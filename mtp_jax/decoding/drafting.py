@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from mtp_jax.decoding.forward import Forward, Variables
 from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, likeliest
+from mtp_jax.model.decoder import as_logits
 from mtp_jax.mtp.adapter import sampler_of
 from mtp_jax.mtp.sampler import corrected_latent, read_latent
 
@@ -63,7 +64,8 @@ def choose_drafts(
             if vectors is None:
                 logits = forward.draft_logits(variables, latent)
             else:
-                logits = jnp.einsum("bd,bcd->bc", latent, vectors[:, j], preferred_element_type=jnp.float32)
+                products = jnp.einsum("bd,bcd->bc", latent, vectors[:, j], preferred_element_type=jnp.float32)
+                logits = as_logits(products, forward.model.g)
         if process is not None:
             chain = jnp.stack(drafts, axis=1) if drafts else jnp.zeros((B, 0), jnp.int32)
             at = jnp.arange(B)[:, None], slice(None) if ids is None else ids[:, j]

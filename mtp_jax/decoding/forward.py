@@ -17,7 +17,8 @@ from mtp_jax.mtp.adapter import AdapterShape, with_adapter
 from mtp_jax.mtp.sampler import parted
 
 # Groups of projections that read one input: side by side they are fewer and larger products (`Layer.step`).
-GROUPS = {"attention_in": ("q", "k", "v"), "attention_out": ("o",), "mlp_in": ("gate", "up"), "mlp_out": ("down",)}
+_ATTENTION = {"attention_in": ("q", "k", "v"), "attention_out": ("o",)}
+GROUPS = {**_ATTENTION, "mlp_in": ("gate", "up"), "mlp_out": ("down",)}
 # What `prepare` gives: arrays of the implementation's own, and with an adapter `mtp`: its masks and sampler, and
 # `vocabulary`: the ascending ids [U] of its draft vocabulary, where it has one. The loop's variables may also hold
 # `draft`: what `prepare` gave for a draft model.
@@ -87,7 +88,7 @@ class XlaForward:
         lora = None if adapter is None or self.shape is None else with_adapter({}, adapter, self.shape)["lora"]
         for i in range(self.model.g.L):
             layer: dict[str, Any] = {}
-            for group, names in GROUPS.items():
+            for group, names in (_ATTENTION if self.model.g.experts else GROUPS).items():
                 into = layer[group] = {}
                 if lora is not None and any(name in lora["layers"] for name in names):
                     a, b = lora_parts(self.model, lora, names, i)
@@ -126,7 +127,7 @@ class XlaForward:
     def draft_logits(self, variables: Variables, latents: Float[Array, "... D"]) -> Float[Array, "... U"]:
         """The same with the table of the draft vocabulary alone."""
         table = variables.get("draft_head")
-        return self.logits(variables, latents) if table is None else head(latents, table)
+        return self.logits(variables, latents) if table is None else head(latents, table, self.model.g)
 
     def embedded(self, variables: Variables, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Rows of the table of embeddings."""

@@ -148,7 +148,7 @@ def check_decoding(config: Config, g: Geometry, place: Place, plan: str | None, 
     """
     if slots > g.max_positions:
         raise UserError(f"--slots {slots}: the model's context has {g.max_positions}.")
-    shape = None if config.objective == "next_token" else adapter_shape(config, g.V)
+    shape = None if config.objective == "next_token" else adapter_shape(config, g)
     most = shape.masks if shape else 0
     chosen = parse_plan(plan) if plan else quadratic(most) if most else plain()
     if chosen.block > most:

@@ -64,10 +64,32 @@ def visibility(
     return visible
 
 
+class Scores(NamedTuple):
+    """How products of queries and keys become scores. Hashable, so that it can be static."""
+
+    scale: float
+    cap: float | None = None  # c: scores become c tanh(score / c)
+
+    @classmethod
+    def of(cls, g: Geometry) -> "Scores":
+        """Those of a geometry."""
+        return cls(g.H**-0.5 if g.score_scale is None else g.score_scale, g.score_cap)
+
+    def __call__(self, products: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Scores, before any is masked."""
+        return capped(products * self.scale, self.cap)
+
+
+def capped(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """c tanh(x / c), or x where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def attend(
     q: Float[Array, "B R N H"],
     held: LayerCache | None,
     visible: Bool[Array, "B R S"] | None,
+    scores_of: Scores,
     own: LayerCache | None = None,
     own_visible: Bool[Array, "B R R"] | None = None,
 ) -> Float[Array, "B R N H"]:
@@ -83,7 +105,7 @@ def attend(
     scores = []
     for keys, seen in parts:
         assert seen is not None
-        product = jnp.einsum("bkqh,bksh->bkqs", grouped, keys.k, preferred_element_type=jnp.float32) * H**-0.5
+        product = scores_of(jnp.einsum("bkqh,bksh->bkqs", grouped, keys.k, preferred_element_type=jnp.float32))
         product = product.reshape(B, K, N // K, R, -1)
         scores.append(jnp.where(seen[:, None, None], product, jnp.finfo(jnp.float32).min))
     weights = jax.nn.softmax(scores[0] if len(scores) == 1 else jnp.concatenate(scores, axis=-1), axis=-1)
@@ -95,11 +117,13 @@ def attend(
     return sum(out[1:], out[0]).reshape(B, K, N // K, R, H).transpose(0, 3, 1, 2, 4).reshape(B, R, N, H)
 
 
-def attend_rows(q: Float[Array, "B R N H"], held: LayerCache, visible: Bool[Array, "B R S"]) -> Float[Array, "B R N H"]:
+def attend_rows(
+    q: Float[Array, "B R N H"], held: LayerCache, visible: Bool[Array, "B R S"], scores_of: Scores
+) -> Float[Array, "B R N H"]:
     """`attend` for the rows of whole sequences: scores of all heads exist for as many rows at a time as fit."""
     B, _, N, _ = q.shape
     rows = rows_that_fit(B * N * held.k.shape[2])
-    return map_chunks(lambda part: attend(part[0], held, part[1]), (q, visible), rows)
+    return map_chunks(lambda part: attend(part[0], held, part[1], scores_of), (q, visible), rows)
 
 
 def rows_that_fit(scores: int) -> int:
@@ -134,6 +158,7 @@ def attend_blocks(
     keys: RealRows,
     window: Int[Array, ""] | int | None,
     chunk: int | None,
+    scores_of: Scores,
 ) -> Float[Array, "B G M N H"]:
     """Attention of mask rows: one softmax over the prefix up to the anchor and the own block up to the row.
 
@@ -146,7 +171,7 @@ def attend_blocks(
 
     def part(of: tuple[Array, tuple[Array, Array], Blocks]) -> Array:
         q, own, blocks = of
-        return _attend_chunk(q, own, blocks, real, keys, window)
+        return _attend_chunk(q, own, blocks, real, keys, window, scores_of)
 
     return map_chunks(part, (q, own, blocks), chunk)
 
@@ -158,6 +183,7 @@ def _attend_chunk(
     real: LayerCache,
     keys: RealRows,
     window: Int[Array, ""] | int | None,
+    scores_of: Scores,
 ) -> Float[Array, "B c M N H"]:
     B, c, M, N, H = q.shape
     k, v = real
@@ -168,8 +194,8 @@ def _attend_chunk(
     own_k, own_v = (x.transpose(0, 3, 1, 2, 4) for x in own)  # [B, K, c, M, H]
 
     rows = heads.reshape(B, K, n * c * M, H)
-    prefix = jnp.einsum("bkqh,bksh->bkqs", rows, k, preferred_element_type=jnp.float32) * H**-0.5
-    inside = jnp.einsum("bkncmh,bkcjh->bkncmj", heads, own_k, preferred_element_type=jnp.float32) * H**-0.5
+    prefix = scores_of(jnp.einsum("bkqh,bksh->bkqs", rows, k, preferred_element_type=jnp.float32))
+    inside = scores_of(jnp.einsum("bkncmh,bkcjh->bkncmj", heads, own_k, preferred_element_type=jnp.float32))
 
     index, offset = jnp.arange(k.shape[2]), jnp.arange(M)
     seen = index <= blocks.anchors[..., None]  # [B, c, S]

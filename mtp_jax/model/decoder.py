@@ -1,4 +1,4 @@
-"""The frozen base: a decoder of the Llama, Qwen2, Qwen3 and Mistral families as one pure function of its variables.
+"""The frozen base: a decoder as one pure function of its variables. How families differ is data in the geometry.
 
 `__call__` and `masks` serve training: real rows, then blocks of mask rows that see them. `step` serves prefill and
 decoding: both kinds of rows at once, beside a cache. None of them knows losses or drafts.
@@ -14,13 +14,25 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from mtp_jax.model.attention import Blocks, LayerCache, RealRows, attend, attend_blocks, attend_rows, visibility
+from mtp_jax.model.activation import ACTIVATIONS
+from mtp_jax.model.attention import (
+    Blocks,
+    LayerCache,
+    RealRows,
+    Scores,
+    attend,
+    attend_blocks,
+    attend_rows,
+    capped,
+    visibility,
+)
 from mtp_jax.model.chunks import map_chunks
-from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.experts import Mixture
+from mtp_jax.model.geometry import Geometry, Kind
 from mtp_jax.model.kernels import flash, misfit
 from mtp_jax.model.mask_kernel import Tiling, attend_blocks_fused
 from mtp_jax.model.projection import Matrices, Projection
-from mtp_jax.model.rope import angles, rotate
+from mtp_jax.model.rope import Rope, angles, rotate
 from mtp_jax.sharding import parts_of
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -43,11 +55,11 @@ class MaskRows(NamedTuple):
 
 
 class StepRows(NamedTuple):
-    """What all layers share about the rows of a decoding step. Visibility differs by kind of layer: by window."""
+    """What all layers share about the rows of a decoding step, for each kind of layer."""
 
     start: Int[Array, " B"]  # position of the first row, where the cache is written
-    cos: Float[Array, "B R 1 half"]
-    sin: Float[Array, "B R 1 half"]
+    cos: Float[Array, "kinds B R 1 half"]
+    sin: Float[Array, "kinds B R 1 half"]
     low: Int[Array, "kinds B R"]  # the first slot of the cache that a row sees,
     high: Int[Array, "kinds B R"]  # and the one behind the last
     own: Bool[Array, "kinds B R R"]  # which of the step's own rows a row sees
@@ -68,29 +80,41 @@ def step_rows(
     own = same | ((block < 0) & (positions[:, None, :] <= reach[..., None]))
     # A window is measured from a row's own position.
     distance = positions[..., None] - positions[:, None, :]
-    windows, _ = g.kinds
+    kinds, _ = g.kinds
+    windows = [kind.window for kind in kinds]
     own = jnp.stack([own if window is None else own & (distance < window) for window in windows])
     low = jnp.stack([jnp.zeros_like(positions) if w is None else jnp.maximum(positions - w + 1, 0) for w in windows])
     high = jnp.broadcast_to(jnp.minimum(start[:, None], reach + 1), low.shape)
-    cos, sin = angles(g.rope, positions, None if lengths is None else lengths[:, None])
+    cos, sin = _angles(kinds, positions, None if lengths is None else lengths[:, None])
     return StepRows(start, cos, sin, low, high, own)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis: float32 inside, cast back before the scale, as transformers does."""
+def _angles(
+    kinds: list[Kind], positions: Int[Array, "*rows"], lengths: Int[Array, "*lengths"] | None = None
+) -> tuple[Float[Array, "kinds *rows 1 half"], Float[Array, "kinds *rows 1 half"]]:
+    """Cosine and sine for each kind of layer; where queries and keys are not rotated, by an angle of 0."""
+    width = max(len(kind.rope.inv_freq) if kind.rope else 1 for kind in kinds)
+    pairs = [angles(kind.rope or Rope((0.0,) * width), positions, lengths) for kind in kinds]
+    return jnp.stack([cos for cos, _ in pairs]), jnp.stack([sin for _, sin in pairs])
 
-    epsilon: float
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, float32 inside, as the geometry says of its scale."""
+
+    g: Geometry
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.g.norm_epsilon)
+        if self.g.norm_wide:
+            return (wide * (self.g.norm_offset + scale.astype(jnp.float32))).astype(x.dtype)
         return wide.astype(x.dtype) * scale.astype(x.dtype)
 
 
 class Layer(nn.Module):
-    """One layer: attention and gated MLP, each behind a norm and added to the residual stream.
+    """One layer: attention and a gated MLP or mixture of experts, with norms, added to the residual stream.
 
     Real rows and mask rows are two streams through the same frozen weights; `adapted` rows also meet the LoRA.
     """
@@ -99,28 +123,34 @@ class Layer(nn.Module):
 
     def setup(self) -> None:
         g = self.g
-        self.attention_norm, self.mlp_norm = RMSNorm(g.norm_epsilon), RMSNorm(g.norm_epsilon)
+        if g.norm_before:
+            self.attention_norm, self.mlp_norm = RMSNorm(g), RMSNorm(g)
+        if g.norm_after:
+            self.attention_out_norm, self.mlp_out_norm = RMSNorm(g), RMSNorm(g)
         if g.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(g.norm_epsilon), RMSNorm(g.norm_epsilon)
+            self.q_norm, self.k_norm = RMSNorm(g), RMSNorm(g)
         self.q = Projection(g.N * g.H, g.qkv_bias, (None, "heads"))
         self.k = Projection(g.K * g.H, g.qkv_bias, (None, "kv_heads"))
         self.v = Projection(g.K * g.H, g.qkv_bias, (None, "kv_heads"))
         self.o = Projection(g.D, g.o_bias, ("heads", None))
+        if g.experts:
+            self.mixture = Mixture(g)
+            return
         self.gate, self.up = (Projection(g.F, g.mlp_bias, (None, "mlp")) for _ in range(2))
         self.down = Projection(g.D, g.mlp_bias, ("mlp", None))
 
     def real(
         self,
         x: Float[Array, "B R D"],
-        cos: Float[Array, "B R 1 half"],
-        sin: Float[Array, "B R 1 half"],
+        cos: Float[Array, "kinds B R 1 half"],
+        sin: Float[Array, "kinds B R 1 half"],
         kind: Int[Array, ""] | int,
         adapted: bool,
         keep: bool,
         attention: Callable[[Array, LayerCache, Any], Array],
     ) -> tuple[Float[Array, "B R D"], LayerCache | None]:
         """Real rows of whole sequences; returns their keys and values where these are to be kept."""
-        q, k, v = self._attention_inputs(x, cos, sin, adapted)
+        q, k, v = self._attention_inputs(x, cos[kind], sin[kind], adapted)
         held = LayerCache.of_rows(k, v)
         x = self._attended(x, attention(q, held, kind), adapted)
         x = self._mlp(x, self._mlp_weights(x.dtype, adapted))
@@ -166,29 +196,33 @@ class Layer(nn.Module):
                 y = jnp.concatenate([y[:, :real], y[:, real:] + jnp.concatenate(low, axis=-1)], axis=1)
             return y
 
-        h = project("attention_in", ("q", "k", "v"), self.attention_norm(x)).reshape(*x.shape[:2], -1, g.H)
-        q, k, v = jnp.split(h, [g.N, g.N + g.K], axis=2)
-        if g.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        h = project("attention_in", ("q", "k", "v"), self.attention_norm(x) if g.norm_before else x)
+        q, k, v = self._heads(*jnp.split(h, [g.N * g.H, (g.N + g.K) * g.H], axis=2))
         held = None if first else LayerCache(cache.k.astype(x.dtype), cache.v.astype(x.dtype))
-        q, own = rotate(q, rows.cos, rows.sin), LayerCache.of_rows(rotate(k, rows.cos, rows.sin), v)
-        h = attend(q, held, visible[kind], own, rows.own[kind])
+        cos, sin = rows.cos[kind], rows.sin[kind]
+        q, own = rotate(q, cos, sin), LayerCache.of_rows(rotate(k, cos, sin), v)
+        h = attend(q, held, visible[kind], Scores.of(g), own, rows.own[kind])
         # Always 0, and not known before the old cache was read: XLA then writes in place, and copies it otherwise.
         late = jnp.minimum(jnp.isnan(h[:, 0, 0, 0]).astype(jnp.int32), 0)
         cache = cache.write(LayerCache(own.k[:, :, :real], own.v[:, :, :real]), rows.start + late)
-        x = x + project("attention_out", ("o",), h.reshape(*x.shape[:2], -1))
-        gate, up = jnp.split(project("mlp_in", ("gate", "up"), self.mlp_norm(x)), 2, axis=-1)
-        h = project("mlp_out", ("down",), jax.nn.silu(gate) * up)
-        return nn.with_logical_constraint(x + h, ("batch", None, None)), cache
+        h = project("attention_out", ("o",), h.reshape(*x.shape[:2], -1))
+        x = self._added(x, h, "attention_out_norm")
+        h = self.mlp_norm(x) if g.norm_before else x
+        if g.experts:
+            h = self.mixture(h)
+        else:
+            gate, up = jnp.split(project("mlp_in", ("gate", "up"), h), 2, axis=-1)
+            h = project("mlp_out", ("down",), ACTIVATIONS[g.activation](gate) * up)
+        return nn.with_logical_constraint(self._added(x, h, "mlp_out_norm"), ("batch", None, None)), cache
 
     def masks(
         self,
         m: Float[Array, "B G M D"],
         cos: Float[Array, "B G M 1 half"],
         sin: Float[Array, "B G M 1 half"],
+        window: Int[Array, ""] | None,
         blocks: Blocks,
         keys: RealRows,
-        window: Int[Array, ""] | None,
         real: LayerCache,
         chunk: int | None,
         parts: int,
@@ -201,38 +235,62 @@ class Layer(nn.Module):
         q, k, v = self._attention_inputs(m, cos, sin, adapted=True)
         with jax.named_scope("attend"):
             if tiles is not None and real.k.shape[2] % tiles.keys == 0:
-                h = attend_blocks_fused(q, (k, v), real, blocks, keys, window, tiles)
+                h = attend_blocks_fused(q, (k, v), real, blocks, keys, window, tiles, Scores.of(self.g).scale)
             else:
-                h = attend_blocks(q, (k, v), real, blocks, keys, window, chunk)
+                h = attend_blocks(q, (k, v), real, blocks, keys, window, chunk, Scores.of(self.g))
         m = self._attended(m, h, adapted=True)
         with_weights = self._mlp_weights(m.dtype, adapted=True)  # gathered once for all parts
+
         return map_chunks(lambda m: self._mlp(m, with_weights), m, -(-m.shape[1] // parts))
 
     def _attention_inputs(self, x: Float[Array, "... D"], cos: Array, sin: Array, adapted: bool) -> tuple[Array, ...]:
-        g = self.g
         with jax.named_scope("attention"):
-            h = self.attention_norm(x)
-            q = self.q(h, adapted).reshape(*x.shape[:-1], g.N, g.H)
-            k = self.k(h, adapted).reshape(*x.shape[:-1], g.K, g.H)
-            v = self.v(h, adapted).reshape(*x.shape[:-1], g.K, g.H)
-            if g.qk_norm:
-                q, k = self.q_norm(q), self.k_norm(k)
+            h = self.attention_norm(x) if self.g.norm_before else x
+            q, k, v = self._heads(self.q(h, adapted), self.k(h, adapted), self.v(h, adapted))
             return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def _heads(
+        self, q: Float[Array, "... qs"], k: Float[Array, "... ks"], v: Float[Array, "... ks"]
+    ) -> tuple[Float[Array, "... N H"], Float[Array, "... K H"], Float[Array, "... K H"]]:
+        """Queries, keys and values by head, normed where the geometry says so."""
+        g = self.g
+        if g.qk_norm == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.reshape(*x.shape[:-1], -1, g.H) for x in (q, k, v))
+        if g.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def _added(self, x: Float[Array, "... D"], y: Float[Array, "... D"], norm: str) -> Float[Array, "... D"]:
+        """The residual stream with what attention or MLP adds."""
+        if self.g.norm_after:
+            y = getattr(self, norm)(y)
+        if self.g.residual_scale != 1:
+            y = (y.astype(jnp.float32) * self.g.residual_scale).astype(y.dtype)
+        return x + y
 
     def _attended(self, x: Float[Array, "... D"], h: Float[Array, "... N H"], adapted: bool) -> Float[Array, "... D"]:
         with jax.named_scope("attention"):
-            return x + self.o(h.reshape(*x.shape[:-1], -1), adapted)
+            return self._added(x, self.o(h.reshape(*x.shape[:-1], -1), adapted), "attention_out_norm")
 
-    def _mlp_weights(self, dtype: DTypeLike, adapted: bool) -> tuple[Matrices, Matrices, Matrices]:
+    def _mlp_weights(self, dtype: DTypeLike, adapted: bool) -> tuple[Matrices, Matrices, Matrices] | None:
         D, F = self.g.D, self.g.F
+        if self.g.experts:
+            return None
         gate, up = self.gate.matrices(D, dtype, adapted), self.up.matrices(D, dtype, adapted)
         return gate, up, self.down.matrices(F, dtype, adapted)
 
-    def _mlp(self, x: Float[Array, "... D"], weights: tuple[Matrices, Matrices, Matrices]) -> Float[Array, "... D"]:
-        gate, up, down = weights
+    def _mlp(
+        self, x: Float[Array, "... D"], weights: tuple[Matrices, Matrices, Matrices] | None
+    ) -> Float[Array, "... D"]:
         with jax.named_scope("mlp"):
-            h = self.mlp_norm(x)
-            x = x + down(jax.nn.silu(gate(h)) * up(h))
+            h = self.mlp_norm(x) if self.g.norm_before else x
+            if weights is None:
+                h = self.mixture(h)
+            else:
+                gate, up, down = weights
+                h = down(ACTIVATIONS[self.g.activation](gate(h)) * up(h))
+            x = self._added(x, h, "mlp_out_norm")
         return nn.with_logical_constraint(x, ("batch",) + (None,) * (x.ndim - 1))
 
 
@@ -252,7 +310,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         self.embed = _Table(self.g.V, self.g.D)
-        self.norm = RMSNorm(self.g.norm_epsilon)
+        self.norm = RMSNorm(self.g)
         if not self.g.tied:
             self.unembed = _Table(self.g.V, self.g.D)
         if self.scanned:
@@ -275,16 +333,17 @@ class Decoder(nn.Module):
             keep: return the rows' keys and values, stacked by layer, for mask blocks to see.
         """
         g = self.g
-        x = self.embed()[tokens].astype(self.dtype)
-        x = nn.with_logical_constraint(x, ("batch", "rows", None))
-        windows, kinds = g.kinds
+        x = nn.with_logical_constraint(self._embedded(tokens), ("batch", "rows", None))
+        every, kinds = g.kinds
+        windows = [kind.window for kind in every]
         visible = jnp.stack([visibility(positions, positions, segments, segments, window) for window in windows])
-        cos, sin = angles(g.rope, positions, positions.max(axis=1, keepdims=True) + 1)
+        cos, sin = _angles(every, positions, positions.max(axis=1, keepdims=True) + 1)
+        scores_of = Scores.of(g)
 
         def attention(q: Array, held: LayerCache, kind: Any) -> Array:
-            if self.attention == "xla" or misfit(self.attention, q.shape[1], g.H, q.dtype):
-                return attend_rows(q, held, visible[kind])
-            return flash(self.attention, q, held, visible, segments, windows, kind)
+            if self.attention == "xla" or misfit(self.attention, q.shape[1], g.H, q.dtype, scores_of):
+                return attend_rows(q, held, visible[kind], scores_of)
+            return flash(self.attention, q, held, visible, segments, windows, kind, scores_of.scale)
 
         def body(layer: Layer, x: Array, kind: Any) -> tuple[Array, LayerCache | None]:
             return layer.real(x, cos, sin, kind, adapted, keep, attention)
@@ -319,7 +378,7 @@ class Decoder(nn.Module):
         """
         B, R = tokens.shape
         m = jnp.zeros((0, self.g.D)) if masks is None else masks.embeddings
-        x = self.embed()[tokens].astype(self.dtype)
+        x = self._embedded(tokens)
         x = jnp.concatenate([x, jnp.broadcast_to(m.astype(self.dtype), (B, *m.shape[-2:]))], axis=1)
         rows, (_, kinds) = step_rows(self.g, start, R, masks, lengths), self.g.kinds
         slots = jnp.arange((cache if isinstance(cache, LayerCache) else cache[0]).k.shape[-2])
@@ -359,27 +418,33 @@ class Decoder(nn.Module):
         g, M = self.g, embeddings.shape[-2]
         m = jnp.broadcast_to(embeddings.astype(self.dtype), (*blocks.anchors.shape, M, g.D))
         positions = blocks.positions[..., None] + 1 + jnp.arange(M)
-        cos, sin = angles(g.rope, positions)
-        # A window that no distance reaches stands for none, so that one compiled layer serves both kinds.
-        windowed = any(window is not None for window in g.windows)
-        windows = jnp.asarray([window or jnp.iinfo(jnp.int32).max for window in g.windows]) if windowed else None
+        every, kinds = g.kinds
+        cos, sin = _angles(every, positions)
+        # A window that no distance reaches stands for none, so that one compiled layer serves all kinds.
+        windowed = any(kind.window is not None for kind in every)
+        windows = jnp.asarray([kind.window or jnp.iinfo(jnp.int32).max for kind in every]) if windowed else None
 
         rows = blocks.anchors.size * M // parts_of("batch")
         parts = -(-rows // _MLP_ROWS) if self.remat == "full" else 1
 
-        def body(layer: Layer, m: Array, window: Any, real: LayerCache) -> tuple[Array, None]:
-            return layer.masks(m, cos, sin, blocks, keys, window, real, chunk, parts, self.mask_tiles), None
+        def body(layer: Layer, m: Array, kind: Any, real: LayerCache) -> tuple[Array, None]:
+            of_kind = cos[kind], sin[kind], None if windows is None else windows[kind]
+            return layer.masks(m, *of_kind, blocks, keys, real, chunk, parts, self.mask_tiles), None
 
-        m, _ = self._scan(self._rematerialised(body))(self.layers, m, windows, real)
+        m, _ = self._scan(self._rematerialised(body))(self.layers, m, jnp.asarray(kinds), real)
         return self.norm(m)
 
     def logits(self, latents: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """The base head, float32."""
-        return head(latents, self.unembedding())
+        return head(latents, self.unembedding(), self.g)
 
     def embeddings(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
-        """Input embeddings of tokens, as stored."""
-        return self.embed()[tokens]
+        """Input embeddings of tokens, in the dtype they are stored in."""
+        rows = self.embed()[tokens]
+        return rows if self.g.embed_scale == 1 else rows * jnp.asarray(self.g.embed_scale, rows.dtype)
+
+    def _embedded(self, tokens: Int[Array, "B R"]) -> Float[Array, "B R D"]:
+        return self.embeddings(tokens).astype(self.dtype)
 
     def unembedding(self) -> Float[Array, "V D"]:
         """The table of the base head, as stored."""
@@ -397,9 +462,15 @@ class Decoder(nn.Module):
         )
 
 
-def head(latents: Float[Array, "... D"], unembedding: Float[Array, "V D"]) -> Float[Array, "... V"]:
+def head(latents: Float[Array, "... D"], unembedding: Float[Array, "V D"], g: Geometry) -> Float[Array, "... V"]:
     """Logits, float32."""
-    return jnp.einsum("...d,vd->...v", latents, unembedding.astype(latents.dtype), preferred_element_type=jnp.float32)
+    table = unembedding.astype(latents.dtype)
+    return as_logits(jnp.einsum("...d,vd->...v", latents, table, preferred_element_type=jnp.float32), g)
+
+
+def as_logits(products: Float[Array, "..."], g: Geometry) -> Float[Array, "..."]:
+    """Products of latents and rows of the base head's table as logits."""
+    return capped(products if g.logit_divisor == 1 else products / g.logit_divisor, g.logit_cap)
 
 
 class _Table(nn.Module):

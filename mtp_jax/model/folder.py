@@ -1,6 +1,7 @@
 """Hugging Face folders in: read the config, stream tensors into their final sharding."""
 
 import functools
+import itertools
 import math
 import re
 from collections import Counter
@@ -27,6 +28,7 @@ _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F
 _BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 # Files are mapped for one read at a time: pages of a map stay in memory until it is closed.
 _READ_BYTES = 4 << 20
+_LISTED = 40  # tensors that a message names
 
 
 @dataclass(frozen=True)
@@ -140,15 +142,21 @@ def _match_table(table: tuple[Weight, ...], g: Geometry, stored: Mapping[str, St
             key = renamed.get(name, name)
             unused.discard(key)
             if key not in stored:
-                missing.append(name)
+                missing += [name] if name not in missing else []
             elif stored[key].shape != weight.stored_shape:
-                misshapen.append(f"{key} is {stored[key].shape}, should be {weight.stored_shape}")
+                fault = f"{key} is {stored[key].shape}, should be {weight.stored_shape}"
+                misshapen += [fault] if fault not in misshapen else []
     problems = {"missing": missing, "unexpected": sorted(unused), "of the wrong shape": misshapen}
     if any(problems.values()):
-        counts = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        counts = "; ".join(f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names)
         headless = " A model without its head writes no text: save the whole model." if missing == [UNEMBED_KEY] else ""
         raise UserError(f"{folder}: the tensors do not fit config.json. {counts}.{headless}")
     return renamed
+
+
+def _listed(names: list[str]) -> str:
+    shown, rest = names[:_LISTED], len(names) - _LISTED
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _same(a: Stored, a_key: str, b: Stored, b_key: str) -> bool:
@@ -224,7 +232,13 @@ def _part(
     spans = tuple(range(*s.indices(n)) for s, n in zip(index, weight.shape, strict=True))
     if spans not in read:
         block = read[spans] = np.empty([len(span) for span in spans], dtype)
-        inner = tuple(slice(span.start, span.stop) for span in spans[weight.stacked :])
-        for slot, (stored, key) in enumerate(sources[spans[0].start : spans[0].stop] if weight.stacked else sources):
-            _read_into(block[slot] if weight.stacked else block, stored, key, inner, weight.transposed)
+        inner = [slice(span.start, span.stop) for span in spans[weight.stacked :]]
+        if weight.part is not None:  # of the stored rows, which a transposed weight has last
+            axis, begin = -1 if weight.transposed else 0, weight.part[0]
+            inner[axis] = slice(begin + inner[axis].start, begin + inner[axis].stop)
+        counts = weight.shape[: weight.stacked]
+        for slot in itertools.product(*map(range, block.shape[: weight.stacked])):
+            at = [span.start + i for span, i in zip(spans, slot, strict=False)]
+            stored, key = sources[int(np.ravel_multi_index(at, counts)) if at else 0]
+            _read_into(block[slot], stored, key, tuple(inner), weight.transposed)
     return read[spans]

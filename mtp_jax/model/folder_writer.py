@@ -1,5 +1,6 @@
 """Hugging Face folders out: stream our tree into sharded safetensors that `from_pretrained` loads."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,14 @@ def stored_form(params: Params, g: Geometry, dtype: DTypeLike) -> Iterator[tuple
 
     Where several processes hold the weights, all of them go through this.
     """
-    for weight in weight_table(g):
-        leaf = leaf_at(params, weight.path)
-        for slot, key in enumerate(weight.stored_keys()):
-            tensor = on_host((leaf[slot] if weight.stacked else leaf).astype(dtype))
-            yield key, np.ascontiguousarray(tensor.T if weight.transposed else tensor)
+    for _, group in itertools.groupby(weight_table(g), key=lambda weight: weight.key):  # parts of one tensor together
+        parts = list(group)
+        for slot, key in zip(np.ndindex(parts[0].shape[: parts[0].stacked]), parts[0].stored_keys(), strict=True):
+            tensors = []
+            for weight in parts:
+                tensor = on_host(leaf_at(params, weight.path)[slot].astype(dtype))
+                tensors.append(tensor.T if weight.transposed else tensor)
+            yield key, np.ascontiguousarray(np.concatenate(tensors) if len(tensors) > 1 else tensors[0])
 
 
 def write_folder(

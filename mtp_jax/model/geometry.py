@@ -2,34 +2,37 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mtp_jax.errors import UserError
+from mtp_jax.model.families import FAMILIES, TEXT_PARTS, ExpertKeys, Reader
 from mtp_jax.model.rope import Rope
 
-# Values that a key takes in transformers when config.json does not hold it. They differ between the families.
-_ABSENT: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": False, "mlp_bias": False},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-        "attention_bias": False,
-    },
-}
-FAMILIES = tuple(_ABSENT)
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+class Kind(NamedTuple):
+    """What layers differ in."""
+
+    window: int | None  # tokens that a row sees, itself included; None for everything before it
+    rope: Rope | None  # None: queries and keys are not rotated
+
+
+class Experts(NamedTuple):
+    """A mixture of experts in place of the MLP."""
+
+    total: int  # E
+    chosen: int  # of them, for each row
+    normalised: bool  # the weights of the chosen ones add up to 1
+    stored: tuple[str, str, str, str]  # names of the tensors: block, gate, up, down
 
 
 @dataclass(frozen=True)
 class Geometry:
     """The shape of a base model. Hashable, so that it can be a static argument.
 
-    V vocabulary, D model width, L layers, N query heads, K key/value heads, H head width, F mlp width.
-    `max_positions` is the context: `max_position_embeddings`, or what scaled RoPE reaches.
-    `windows[l]` is the sliding window of layer l in tokens, None where the layer sees everything before it.
+    V vocabulary, D model width, L layers, N query heads, K key/value heads, H head width, F width of the MLP or of an
+    expert. `max_positions` is the context: `max_position_embeddings`, or what scaled RoPE reaches.
     """
 
     family: str
@@ -42,20 +45,47 @@ class Geometry:
     F: int
     max_positions: int
     norm_epsilon: float
-    rope: Rope
-    windows: tuple[int | None, ...]
+    layers: tuple[Kind, ...]
     tied: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
     init_scale: float
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    activation: str = "silu"  # or "gelu_tanh"
+    qk_norm: str | None = None  # of queries and keys: "head" each head by itself, "width" all heads together
+    norm_before: bool = True  # of what attention and MLP read
+    norm_after: bool = False  # of what they add to the residual stream
+    norm_offset: float = 0.0  # added to the stored scale of a norm
+    norm_wide: bool = False  # the scale is applied in float32, before the cast
+    embed_scale: float = 1.0  # of input embeddings
+    residual_scale: float = 1.0  # of what attention and MLP add
+    score_scale: float | None = None  # of query-key products; None for 1/sqrt(H)
+    score_cap: float | None = None  # c: scores become c tanh(score / c)
+    logit_divisor: float = 1.0
+    logit_cap: float | None = None
+    fused: bool = False  # q, k and v are stored as one matrix, gate and up as another
+    experts: Experts | None = None
 
     @property
-    def kinds(self) -> tuple[list[int | None], list[int]]:
-        """The windows that occur, and which of them each layer has."""
-        windows = sorted(set(self.windows), key=lambda window: (window is None, window))
-        return windows, [windows.index(window) for window in self.windows]
+    def kinds(self) -> tuple[list[Kind], list[int]]:
+        """The kinds of layer that occur, and which of them each layer is."""
+        kinds = list(dict.fromkeys(self.layers))
+        return kinds, [kinds.index(kind) for kind in self.layers]
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of every layer."""
+        return tuple(kind.window for kind in self.layers)
+
+    @property
+    def plain(self) -> bool:
+        """Whether layers are those of Llama, Mistral and Qwen: all that the engine for CPUs knows."""
+        ropes = {kind.rope for kind in self.layers}
+        usual = Geometry(
+            **{name: getattr(self, name) for name in _SIZES}, qkv_bias=self.qkv_bias, o_bias=self.o_bias,
+            mlp_bias=self.mlp_bias, qk_norm="head" if self.qk_norm else None,
+        )  # fmt: skip
+        return self == usual and len(ropes) == 1 and all(rope and 2 * len(rope.inv_freq) == self.H for rope in ropes)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str = "config.json") -> "Geometry":
@@ -72,38 +102,51 @@ class Geometry:
 
     @classmethod
     def _from_config(cls, config: dict[str, Any], where: str) -> "Geometry":
-        family = config.get("model_type")
-        if family not in FAMILIES:
+        text = text_config(config)
+        name = str(text.get("model_type"))
+        if name not in FAMILIES:
             names = ", ".join(map(str, config.get("architectures") or ["no name given"]))
             raise UserError(
-                f"{where}: the architecture {family!r} ({names}) "
-                f"is not supported; the supported model_type values are {', '.join(FAMILIES)}."
+                f"{where}: the architecture {config.get('model_type')!r} ({names}) "
+                f"is not supported; the supported model_type values are {', '.join((*FAMILIES, *TEXT_PARTS))}."
             )
-        if quantised := config.get("quantization_config"):
+        if quantised := config.get("quantization_config") or text.get("quantization_config"):
             method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
             raise UserError(
                 f"{where}: the checkpoint is quantised ({method}); use the float32, bfloat16 or float16 checkpoint "
                 "it was made from, or dequantise it with transformers and save it again."
             )
-        read = _Reader({**_ABSENT[family], **config}, where)
+        family = FAMILIES[name]
+        said = {family.other_names.get(key, key): value for key, value in text.items()}
+        read = Reader({**family.absent, **said}, where)
         D, L, N = read.size("hidden_size"), read.size("num_hidden_layers"), read.size("num_attention_heads")
         K = read.size("num_key_value_heads", default=N)
         H = read.size("head_dim", default=D // N if N else 0)
-        max_positions = read.size("max_position_embeddings")
+        positions = read.size("max_position_embeddings")
         V, F = read.size("vocab_size"), read.size("intermediate_size")
         if K and N % K:
-            read.faults.append(f"{where}: num_attention_heads={N} is not a multiple of num_key_value_heads={K}.")
+            read.fault(f"num_attention_heads={N} is not a multiple of num_key_value_heads={K}.")
         if H % 2:
-            read.faults.append(f"{where}: head_dim={H} is odd; rotary embeddings need an even width.")
-        if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-            read.faults.append(f"{where}: hidden_act={activation!r} is not supported, only 'silu'.")
-        windows = _windows(family, read, L)
-        rope = Rope.from_config(config, H, max_positions, where, read.faults)
+            read.fault(f"head_dim={H} is odd; rotary embeddings need an even width.")
+        activation = read.config.get(family.activation, "silu")
+        if activation not in _ACTIVATIONS:
+            read.fault(f"{family.activation}={activation!r} is not supported, only {', '.join(_ACTIVATIONS)}.")
+        if read.config.get("use_bidirectional_attention"):
+            read.fault("use_bidirectional_attention is not supported: a row would see those behind it.")
+        fields = {**family.fixed, "activation": _ACTIVATIONS.get(activation, "silu")}
+        fields |= {field: bool(read.config.get(key, False)) for field, key in family.switches.items()}
+        fields |= {field: read.factor(key) for field, key in family.factors.items()}
+        if fields.get("embed_scale") == "sqrt(D)":
+            fields["embed_scale"] = math.sqrt(D)
+        if "query_pre_attn_scalar" in read.config:
+            fields["score_scale"] = _query_scale(read, said)
+        if "experts" in fields:
+            fields["experts"], F = _experts(read, fields["experts"])
+        windows, ropes = family.windows(read, L), family.ropes(read, H, positions, L)
         if read.faults:
             raise UserError(*read.faults)
-        attention_bias = bool(read.config.get("attention_bias", False)) and family in ("llama", "qwen3")
         return cls(
-            family=family,
+            family=name,
             V=V,
             D=D,
             L=L,
@@ -111,60 +154,40 @@ class Geometry:
             K=K,
             H=H,
             F=F,
-            max_positions=rope.context,
+            max_positions=min((rope.context for rope in ropes if rope), default=positions),
             norm_epsilon=read.number("rms_norm_eps", 1e-6),
-            rope=rope,
-            windows=windows,
-            tied=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=attention_bias or family == "qwen2",
-            o_bias=attention_bias,
-            mlp_bias=bool(read.config.get("mlp_bias", False)),
-            qk_norm=family == "qwen3",
+            layers=tuple(map(Kind, windows, ropes)),
+            tied=bool(read.config.get("tie_word_embeddings", False)),
             init_scale=read.number("initializer_range", 0.02),
+            **{field: value for field, value in fields.items() if value is not None},
         )
 
 
-class _Reader:
-    """Reads sizes from a config and gathers every fault instead of stopping at the first."""
-
-    def __init__(self, config: dict[str, Any], where: str):
-        self.config, self.where, self.faults = config, where, []  # type: ignore[var-annotated]
-
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self.config.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            said = "is missing" if value is None else f"is {value!r}"
-            self.faults.append(f"{self.where}: {key} {said}, but a whole number of at least 1 is needed.")
-            return 1
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        value = self.config.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ValueError(f"{key} is {value!r}, but a number of at least 0 is needed")
-        return float(value)
+_SIZES = ("family", "V", "D", "L", "N", "K", "H", "F", "max_positions", "norm_epsilon", "layers", "tied", "init_scale")
 
 
-def _windows(family: str, read: _Reader, L: int) -> tuple[int | None, ...]:
-    """Sliding window of every layer, as transformers decides it for each family."""
-    config = read.config
-    if family == "llama" or config.get("sliding_window") is None:
-        return (None,) * L
-    if family == "mistral":
-        if any(kind != "sliding_attention" for kind in config.get("layer_types") or ()):
-            read.faults.append(
-                f"{read.where}: layer_types that differ between layers belong to the Ministral architecture, "
-                "which is not supported; a Mistral model has one window for all layers."
-            )
-        return (read.size("sliding_window"),) * L
-    if not config.get("use_sliding_window", False):
-        return (None,) * L
-    window, first = read.size("sliding_window"), config["max_window_layers"]
-    kinds = config.get("layer_types") or ["full_attention" if i < first else "sliding_attention" for i in range(L)]
-    if len(kinds) != L or set(kinds) - {"full_attention", "sliding_attention"}:
-        read.faults.append(
-            f"{read.where}: layer_types must name 'full_attention' or 'sliding_attention' for each of {L} layers."
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config, or of a checkpoint of several modalities that of its text part."""
+    if config.get("model_type") not in TEXT_PARTS:
+        return config
+    text = dict(config.get("text_config") or {})
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
+    return {**text, "model_type": TEXT_PARTS[config["model_type"]], "tie_word_embeddings": tied}
+
+
+def _query_scale(read: Reader, said: dict[str, Any]) -> float | None:
+    if "query_pre_attn_scalar" in said and "head_dim" not in said:
+        read.fault("query_pre_attn_scalar is set, but not head_dim; state the width of a head beside it.")
+    scalar = read.factor("query_pre_attn_scalar")
+    return None if scalar is None else scalar**-0.5
+
+
+def _experts(read: Reader, keys: ExpertKeys) -> tuple[Experts, int]:
+    """The experts and their width."""
+    E, chosen = read.size(keys.total), read.size("num_experts_per_tok")
+    if chosen > E:
+        read.fault(f"num_experts_per_tok={chosen} is more than {keys.total}={E}.")
+    if read.config.get("mlp_only_layers") or read.config.get("decoder_sparse_step", 1) != 1:
+        read.fault("mlp_only_layers and decoder_sparse_step are not supported: every layer must have experts.")
+    normalised = keys.normalised is None or bool(read.config.get(keys.normalised, False))
+    return Experts(E, chosen, normalised, keys.stored), read.size(keys.width)

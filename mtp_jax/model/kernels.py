@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from mtp_jax.model.attention import LayerCache
+from mtp_jax.model.attention import LayerCache, Scores
 from mtp_jax.sharding import parts_of, spec_of
 
 PLATFORMS = {"splash": ("tpu",), "cudnn": ("cuda", "gpu")}
@@ -22,8 +22,10 @@ _LARGEST_BLOCK = 512
 _CUDNN_WIDTH = 128
 
 
-def misfit(kernel: str, rows: int, width: int, dtype: DTypeLike) -> str | None:
+def misfit(kernel: str, rows: int, width: int, dtype: DTypeLike, scores_of: Scores) -> str | None:
     """Why a kernel cannot take sequences of `rows` rows with heads of this width; None where it can."""
+    if scores_of.cap is not None:
+        return "takes no capped scores"
     if kernel == "splash" and rows % _LANES:
         return f"takes sequences of a multiple of {_LANES} tokens, not {rows}"
     if kernel == "splash" and width % 64:
@@ -43,12 +45,13 @@ def flash(
     segments: Int[Array, "B R"] | None,
     windows: list[int | None],
     kind: Int[Array, ""] | int,
+    scale: float,
 ) -> Float[Array, "B R N H"]:
     """What `attend` gives: a row sees its own segment up to itself, within the window of its kind of layer."""
     if kernel == "cudnn":
         k, v = (x.swapaxes(1, 2) for x in real)
-        return jax.nn.dot_product_attention(q, k, v, mask=visible[kind][:, None], implementation="cudnn")
-    branches = [functools.partial(splash, window=window) for window in windows]
+        return jax.nn.dot_product_attention(q, k, v, mask=visible[kind][:, None], scale=scale, implementation="cudnn")
+    branches = [functools.partial(splash, scale=scale, window=window) for window in windows]
     if len(branches) == 1:
         return branches[0](q, real, segments)
     return jax.lax.switch(kind, branches, q, real, segments)
@@ -58,13 +61,14 @@ def splash(
     q: Float[Array, "B R N H"],
     real: LayerCache,
     segments: Int[Array, "B R"] | None,
+    scale: float,
     window: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B R N H"]:
     """The TPU kernel, on each device for its sequences and heads; `interpret` computes it anywhere, for tests."""
     if segments is None:
         segments = jnp.ones(q.shape[:2], jnp.int32)
-    heads = (q * q.shape[-1] ** -0.5).swapaxes(1, 2)
+    heads = (q * scale).swapaxes(1, 2)
     run = functools.partial(_splash, window=window, interpret=interpret)
     if jax.sharding.get_abstract_mesh().size > 1:
         # The compiler cannot part a kernel by itself. Heads that the devices do not divide stay whole on each.

@@ -50,8 +50,9 @@ def attend_blocks_fused(
     keys: RealRows,
     window: Int[Array, ""] | int | None,
     tiles: Tiling,
+    scale: float,
 ) -> Float[Array, "B G M N H"]:
-    """What `attend_blocks` gives, where `real` depends on nothing that is trained and documents lie side by side."""
+    """What `attend_blocks` gives without a cap, where nothing trained reaches `real` and documents lie side by side."""
     low, high = _ranges(blocks, keys)
 
     def here(q: Array, own_k: Array, own_v: Array, k: Array, v: Array, low: Array, high: Array) -> Array:
@@ -60,7 +61,7 @@ def attend_blocks_fused(
         heads = q.reshape(B, G, M, K, N // K, H).transpose(0, 3, 1, 2, 4, 5)
         own_k, own_v = (x.transpose(0, 3, 1, 2, 4) for x in (own_k, own_v))  # [B, K, G, M, H]
         reach = jnp.asarray(jnp.iinfo(jnp.int32).max if window is None else window, jnp.int32)
-        out = _attention(tiles, heads, own_k, own_v, k, v, low, high, reach)
+        out = _attention(tiles, scale, heads, own_k, own_v, k, v, low, high, reach)
         return out.transpose(0, 2, 3, 1, 4, 5).reshape(B, G, M, N, H)
 
     if jax.sharding.get_abstract_mesh().size > 1:
@@ -87,9 +88,10 @@ def _ranges(blocks: Blocks, keys: RealRows) -> tuple[Int[Array, "B G"], Int[Arra
     return low, jnp.where(blocks.segments == 0, -1, blocks.anchors)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
     tiles: Tiling,
+    scale: float,
     q: Float[Array, "B K G M n H"],
     own_k: Float[Array, "B K G M H"],
     own_v: Float[Array, "B K G M H"],
@@ -99,15 +101,17 @@ def _attention(
     high: Int[Array, "B G"],
     window: Any,  # a number, perhaps known when compiled
 ) -> Float[Array, "B K G M n H"]:
-    return _forward(tiles, q, own_k, own_v, k, v, low, high, window)[0]
+    return _forward(tiles, scale, q, own_k, own_v, k, v, low, high, window)[0]
 
 
-def _forward(tiles: Tiling, q: Array, own_k: Array, own_v: Array, *rest: Any) -> tuple[Array, tuple[Any, ...]]:
+def _forward(
+    tiles: Tiling, scale: float, q: Array, own_k: Array, own_v: Array, *rest: Any
+) -> tuple[Array, tuple[Any, ...]]:
     k, v, low, high, window = rest
     rows, of = _rows(tiles, q, low, high, window)
-    out, total = _prefix(tiles, rows, k, v, of)
+    out, total = _prefix(tiles, scale, rows, k, v, of)
     out, total = _unrows(out, q.shape), _unrows(total[..., None], q.shape)[..., 0]
-    scores = _own_scores(q, own_k, window)
+    scores = _own_scores(q, own_k, window, scale)
     own_total = jax.nn.logsumexp(scores, axis=-1)
     together = jnp.logaddexp(total, own_total)
     share = jnp.exp(scores - together[..., None]).astype(own_v.dtype)
@@ -116,15 +120,16 @@ def _forward(tiles: Tiling, q: Array, own_k: Array, own_v: Array, *rest: Any) ->
     return out, (q, own_k, own_v, *rest, out, together)
 
 
-def _backward(tiles: Tiling, saved: tuple[Any, ...], slope: Float[Array, "B K G M n H"]) -> tuple[Any, ...]:
+def _backward(
+    tiles: Tiling, scale: float, saved: tuple[Any, ...], slope: Float[Array, "B K G M n H"]
+) -> tuple[Any, ...]:
     q, own_k, own_v, k, v, low, high, window, out, total = saved
-    scale = q.shape[-1] ** -0.5
     delta = jnp.sum(slope.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     rows, of = _rows(tiles, q, low, high, window)
     slopes = _pad(slope.reshape(*rows.shape[:2], -1, q.shape[-1]), rows.shape[2])
     totals, deltas = (_pad(x.reshape(*rows.shape[:2], -1), rows.shape[2], axis=2) for x in (total, delta))
-    dq = _unrows(_prefix_gradient(tiles, rows, k, v, slopes, totals, deltas, of), q.shape).astype(jnp.float32)
-    share = jnp.exp(_own_scores(q, own_k, window) - total[..., None])
+    dq = _unrows(_prefix_gradient(tiles, scale, rows, k, v, slopes, totals, deltas, of), q.shape).astype(jnp.float32)
+    share = jnp.exp(_own_scores(q, own_k, window, scale) - total[..., None])
     inner = jnp.einsum("bkgmnh,bkgjh->bkgmnj", slope, own_v, preferred_element_type=jnp.float32)
     ds = (share * (inner - delta[..., None]) * scale).astype(q.dtype)
     dq += jnp.einsum("bkgmnj,bkgjh->bkgmnh", ds, own_k, preferred_element_type=jnp.float32)
@@ -137,10 +142,10 @@ _attention.defvjp(_forward, _backward)
 
 
 def _own_scores(
-    q: Float[Array, "B K G M n H"], own_k: Float[Array, "B K G M H"], window: Any
+    q: Float[Array, "B K G M n H"], own_k: Float[Array, "B K G M H"], window: Any, scale: float
 ) -> Float[Array, "B K G M n M"]:
     M = own_k.shape[3]
-    scores = jnp.einsum("bkgmnh,bkgjh->bkgmnj", q, own_k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.einsum("bkgmnh,bkgjh->bkgmnj", q, own_k, preferred_element_type=jnp.float32) * scale
     behind = jnp.arange(M)[:, None] - jnp.arange(M)
     return jnp.where(((behind >= 0) & (behind < window))[:, None], scores, LOWEST)
 
@@ -227,25 +232,27 @@ def _slope(q: Array, k: Array, v: Array, slope: Array, total: Array, delta: Arra
     return _product(ds, k, 0)
 
 
-def _prefix(tiles: Tiling, q: Array, k: Array, v: Array, of: _Of) -> tuple[Array, Float[Array, "B K R"]]:
+def _prefix(tiles: Tiling, scale: float, q: Array, k: Array, v: Array, of: _Of) -> tuple[Array, Float[Array, "B K R"]]:
     """Output [B, K, R, H] and log-sum-exp of rows over the keys that they see."""
     B, K, R, _ = q.shape
+    kernel = _prefix_tpu if tiles.platform == "tpu" else _prefix_gpu
     shapes = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, K, 1, R), jnp.float32))
-    out, total = _call(tiles, _prefix_tpu if tiles.platform == "tpu" else _prefix_gpu, q, k, v, (), of, shapes, 2)
+    out, total = _call(tiles, scale, kernel, q, k, v, (), of, shapes, 2)
     return out, total[:, :, 0]
 
 
 def _prefix_gradient(
-    tiles: Tiling, q: Array, k: Array, v: Array, slope: Array, total: Array, delta: Array, of: _Of
+    tiles: Tiling, scale: float, q: Array, k: Array, v: Array, slope: Array, total: Array, delta: Array, of: _Of
 ) -> Float[Array, "B K R H"]:
     """The gradient of the queries."""
     more = (slope, total[:, :, None], delta[:, :, None])
     kernel = _gradient_tpu if tiles.platform == "tpu" else _gradient_gpu
-    return _call(tiles, kernel, q, k, v, more, of, (jax.ShapeDtypeStruct(q.shape, q.dtype),), 3)[0]
+    return _call(tiles, scale, kernel, q, k, v, more, of, (jax.ShapeDtypeStruct(q.shape, q.dtype),), 3)[0]
 
 
 def _call(
     tiles: Tiling,
+    scale: float,
     kernel: Any,
     q: Array,
     k: Array,
@@ -285,7 +292,7 @@ def _call(
     # What is read at least: each row once, and half of the keys for each tile of rows.
     moved = sum(x.size * x.dtype.itemsize for x in (q, *more, *shapes)) + (k.nbytes + v.nbytes) * (R // rows) // 2
     cost = pl.CostEstimate(flops=products * B * K * R * S * H, transcendentals=B * K * R * S // 2, bytes_accessed=moved)
-    body = functools.partial(kernel, scale=H**-0.5, keys=keys)
+    body = functools.partial(kernel, scale=scale, keys=keys)
     if not on_tpu:
         return pl.pallas_call(
             body,

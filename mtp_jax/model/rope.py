@@ -1,6 +1,7 @@
 """Rotary position embeddings: frequencies from `config.json`, in every scaling the supported families use."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 _KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 _REQUIRED = {
+    "longrope": ("short_factor", "long_factor"),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "yarn": ("factor",),
@@ -21,33 +23,52 @@ _REQUIRED = {
 class Rope:
     """Angular frequency of each pair of head dimensions, and the factor that scales cos and sin (yarn).
 
-    `dynamic` scaling changes the frequencies with the length of a sequence beyond `max_position_embeddings`.
+    `dynamic` scaling changes the frequencies with the length of a sequence beyond `max_position_embeddings`, `long`
+    (longrope) has others beyond the original length. With fewer frequencies than H/2 the rest of a head stays as it is.
     """
 
-    inv_freq: tuple[float, ...]  # [H/2], radians per position
+    inv_freq: tuple[float, ...]  # up to [H/2], radians per position
     scale: float = 1.0
     context: int = 0  # positions that the scaling reaches
     # theta and its exponent, factor, and the length beyond which frequencies change
     dynamic: tuple[float, float, float, int] | None = None
+    long: tuple[tuple[float, ...], int] | None = None  # frequencies, and the length beyond which they are these
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], H: int, max_positions: int, where: str, faults: list[str]) -> "Rope":
-        """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4); faults are appended."""
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        H: int,
+        max_positions: int,
+        where: str,
+        faults: list[str],
+        kinds: tuple[str, ...] = _KINDS,
+        partial: bool = False,
+    ) -> "Rope":
+        """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4); faults are appended.
+
+        Args:
+            kinds: of scaling that the family knows.
+            partial: it may rotate a part of each head only.
+        """
         rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if any(isinstance(value, dict) for value in rope.values()):
             kind = "a different one per layer type"
-        if kind not in _KINDS:
-            faults.append(f"{where}: RoPE scaling {kind!r} is not supported, only {', '.join(_KINDS)}.")
+        if "longrope" in kinds and kind in ("su", "yarn"):  # its names in older checkpoints
+            kind = "longrope"
+        if kind not in kinds:
+            faults.append(f"{where}: RoPE scaling {kind!r} is not supported, only {', '.join(kinds)}.")
             return cls(())
         missing = [key for key in _REQUIRED.get(kind, ()) if rope.get(key) is None]
         if missing:
             faults.append(f"{where}: RoPE scaling {kind!r} needs {', '.join(missing)} beside it.")
             return cls(())
-        partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-        if partial != 1.0:
-            faults.append(f"{where}: partial_rotary_factor={partial} is not supported, only 1.0.")
+        share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+        if share != 1.0 and not (partial and 0 < share < 1 and int(H * share) % 2 == 0):
+            faults.append(f"{where}: partial_rotary_factor={share} is not supported, only 1.0.")
             return cls(())
+        H = int(H * share)  # that are rotated
         theta = np.float32(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
         original = (
             config.get("original_max_position_embeddings")
@@ -56,8 +77,14 @@ class Rope:
         )
         # float32 throughout, in the order in which the models were trained, so that angles agree to the last bit.
         plain = np.float32(1) / theta ** (np.arange(0, H, 2, dtype=np.float32) / np.float32(H))
-        scale = 1.0
-        if kind == "linear":
+        scale, long = 1.0, None
+        if kind == "longrope":
+            if any(len(rope[key]) != H // 2 for key in _REQUIRED[kind]):
+                faults.append(f"{where}: short_factor and long_factor of RoPE must hold {H // 2} numbers each.")
+                return cls(())
+            plain, extended, scale = _longrope(theta, rope, original, max_positions)
+            long = tuple(float(f) for f in extended), original
+        elif kind == "linear":
             plain = plain / np.float32(rope["factor"])
         elif kind == "llama3":
             plain = _llama3(plain, rope, original)
@@ -70,10 +97,23 @@ class Rope:
         else:
             context = max_positions
         dynamic = (float(theta), H / (H - 2), float(rope["factor"]), max_positions) if kind == "dynamic" else None
-        return cls(tuple(float(f) for f in plain), scale, context, dynamic)
+        return cls(tuple(float(f) for f in plain), scale, context, dynamic, long)
 
 
-def _llama3(plain: np.ndarray, rope: dict[str, Any], original: int) -> np.ndarray:
+def _longrope(
+    theta: np.float32, rope: Mapping[str, Any], original: int, max_positions: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """LongRoPE (arXiv 2402.13753): a factor for each frequency, others beyond the original length, and a scale."""
+    short, long = (np.asarray(rope[key], np.float32) for key in _REQUIRED["longrope"])
+    bases = theta ** (np.arange(0, 2 * len(short), 2, dtype=np.float32) / np.float32(2 * len(short)))
+    factor = rope.get("factor") or max_positions / original
+    scale = rope.get("attention_factor")
+    if scale is None:
+        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return np.float32(1) / (short * bases), np.float32(1) / (long * bases), float(scale)
+
+
+def _llama3(plain: np.ndarray, rope: Mapping[str, Any], original: int) -> np.ndarray:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], np.float32(rope["factor"])
     wavelength = np.float32(2 * math.pi) / plain
@@ -83,7 +123,7 @@ def _llama3(plain: np.ndarray, rope: dict[str, Any], original: int) -> np.ndarra
     return np.where(wavelength < original / high, plain, stretched).astype(np.float32)
 
 
-def _yarn(plain: np.ndarray, theta: float, rope: dict[str, Any], original: int) -> tuple[np.ndarray, float]:
+def _yarn(plain: np.ndarray, theta: float, rope: Mapping[str, Any], original: int) -> tuple[np.ndarray, float]:
     """YaRN (arXiv 2309.00071, section 3): a ramp from kept to interpolated frequencies, and a scale on cos and sin."""
     factor, H = float(rope["factor"]), 2 * len(plain)
 
@@ -113,9 +153,13 @@ def angles(
 
     Args:
         lengths: of the sequences that are computed at once, to broadcast with `positions`; dynamic scaling counts these
-            tokens, and by default those up to a position, as in decoding one by one.
+            tokens, as longrope does, and by default those up to a position, as in decoding one by one.
     """
     inv_freq = jnp.asarray(rope.inv_freq, jnp.float32)
+    if rope.long is not None:
+        frequencies, unchanged = rope.long
+        count = positions + 1 if lengths is None else jnp.maximum(positions + 1, lengths)
+        inv_freq = jnp.where((count > unchanged)[..., None, None], jnp.asarray(frequencies, jnp.float32), inv_freq)
     if rope.dynamic is not None:
         (theta, exponent, factor, unchanged), H = rope.dynamic, 2 * len(rope.inv_freq)
         count = positions + 1 if lengths is None else jnp.maximum(positions + 1, lengths)
@@ -129,7 +173,10 @@ def angles(
 def rotate(
     x: Float[Array, "*rows heads H"], cos: Float[Array, "*rows 1 half"], sin: Float[Array, "*rows 1 half"]
 ) -> Float[Array, "*rows heads H"]:
-    """Rotate the pairs (h, h + H/2) of every head, in x's dtype as the checkpoints were trained."""
-    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Rotate the pairs (h, h + H/2) of every head, in x's dtype as the checkpoints were trained.
+
+    With fewer angles than H/2 the head's first part is rotated so, and the rest stays.
+    """
+    cos, sin, half = cos.astype(x.dtype), sin.astype(x.dtype), cos.shape[-1]
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

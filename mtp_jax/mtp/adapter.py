@@ -55,13 +55,16 @@ def adapter_table(g: Geometry, shape: AdapterShape) -> tuple[Weight, ...]:
 def init_adapter(g: Geometry, shape: AdapterShape, embedding: jax.Array, key: PRNGKeyArray) -> Params:
     """Fresh arrays of `adapter_table`, float32.
 
-    Mask embeddings are normal with the mean and deviation of the base's embedding table; they are never rows of it.
+    Mask embeddings are normal with the mean and deviation of the base's input embeddings; they are never one of these.
+
+    Args:
+        embedding: the base's embedding table, as stored.
     """
     lora_key, mask_key, sampler_key = jax.random.split(key, 3)
     lora = {"lora": init_lora(g, shape.targets, shape.rank, lora_key)}
     if shape.noise:
         return lora
-    table = embedding.astype(jnp.float32)
+    table = embedding.astype(jnp.float32) * g.embed_scale
     masks = table.mean() + table.std() * jax.random.normal(mask_key, (shape.masks, g.D))
     mtp: dict[str, Any] = {"masks": masks}
     if shape.sampler != "none":

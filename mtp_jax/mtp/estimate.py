@@ -72,7 +72,7 @@ class Estimator:
                 if sampler is not None:
                     embedding = self.model.apply(variables, previous, method="embeddings")
                     latent = corrected_latent(sampler, self.shape.sampler, embedding, latent)
-                previous = jnp.argmax(head(latent, table))
+                previous = jnp.argmax(head(latent, table, self.model.g))
                 if ids is not None:
                     previous = ids[previous]
                 drafts.append(previous)

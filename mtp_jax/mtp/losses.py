@@ -105,7 +105,7 @@ class MultiTokenLoss:
         @jax.named_scope("vocabulary")
         def over_rows(rows: Any) -> tuple[Sums, Array]:
             latents, tokens, labels, counted = rows
-            scores = head(latents, table)
+            scores = head(latents, table, self.model.g)
             choice = jnp.argmax(scores, axis=-1)
             sums = {
                 "real": jnp.sum(cross_entropy(scores, labels) * counted),
@@ -113,7 +113,7 @@ class MultiTokenLoss:
             }
             if t.sampler_on_real and sampler is not None:
                 corrected = self._corrected(sampler, frozen, tokens, latents)
-                sums["sampler_real"] = jnp.sum(cross_entropy(head(corrected, table), labels) * counted)
+                sums["sampler_real"] = jnp.sum(cross_entropy(head(corrected, table, self.model.g), labels) * counted)
             return sums, choice
 
         rows = (z_real, batch["tokens"], batch["labels"], batch["supervised"])
@@ -168,7 +168,7 @@ class MultiTokenLoss:
             flat = of.row.reshape(len(of.row), -1)
             real = jnp.take_along_axis(context.latents, flat[..., None], axis=1).reshape(latents.shape)
             chosen = jnp.take_along_axis(choice, flat, axis=1).reshape(of.row.shape)
-            base = head(real, table) if t.target in ("base_soft", "total_variation") else None
+            base = head(real, table, self.model.g) if t.target in ("base_soft", "total_variation") else None
             row_weights = self._counted(of) * self._static_weights()
 
             def judged(scores: Array, rest: Any) -> tuple[Array, tuple[Array, Array]]:
@@ -181,7 +181,8 @@ class MultiTokenLoss:
                 return loss, (acceptance, right)
 
             def term(latents: Array) -> tuple[Array, Array]:
-                loss, (acceptance, right) = over_vocabulary(judged, latents, table, (of, chosen, base, step))
+                rest = (of, chosen, base, step)
+                loss, (acceptance, right) = over_vocabulary(judged, latents, table, self.model.g, rest)
                 weights = row_weights
                 if t.offset_weights == "expected_length":
                     # How likely the chain reaches this offset: what it adds to the expected accepted length.

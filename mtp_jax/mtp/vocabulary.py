@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mtp_jax.model.chunks import KEPT
 from mtp_jax.model.decoder import head
+from mtp_jax.model.geometry import Geometry
 from mtp_jax.sharding import parts_of
 
 
@@ -56,6 +57,7 @@ def over_vocabulary(
     f: Callable[[Float[Array, "... V"], Any], tuple[Float[Array, "..."], Any]],
     latents: Float[Array, "... D"],
     table: Float[Array, "V D"],
+    g: Geometry,
     rest: Any,
 ) -> tuple[Float[Array, "..."], Any]:
     """`f` of the logits of each row: a loss, and a tree without gradient; the loss has a gradient in `latents` alone.
@@ -66,10 +68,10 @@ def over_vocabulary(
 
     @jax.custom_vjp
     def run(latents: Array, table: Array, rest: Any) -> Any:
-        return f(head(latents, table), rest)
+        return f(head(latents, table, g), rest)
 
     def forward(latents: Array, table: Array, rest: Any) -> Any:
-        loss, pull, others = jax.vjp(lambda z: f(head(z, table), rest), latents, has_aux=True)
+        loss, pull, others = jax.vjp(lambda z: f(head(z, table, g), rest), latents, has_aux=True)
         # The results are kept as well: whoever weighs a loss by them needs them in the backward pass.
         return checkpoint_name(((loss, others), pull(jnp.ones_like(loss))[0]), KEPT)
 

@@ -56,5 +56,8 @@ def model_flops(
 
 
 def _layer_weights(g: Geometry) -> int:
-    """Weights of a layer's matrices."""
-    return g.D * (g.N + 2 * g.K) * g.H + g.N * g.H * g.D + 3 * g.D * g.F
+    """Weights of a layer's matrices that a row meets."""
+    attention = g.D * (g.N + 2 * g.K) * g.H + g.N * g.H * g.D
+    if g.experts:
+        return attention + g.D * g.experts.total + 3 * g.D * g.F * g.experts.chosen
+    return attention + 3 * g.D * g.F

@@ -11,11 +11,13 @@ from jaxtyping import Array, Float
 from mtp_jax.config import Config
 from mtp_jax.data.batches import Batch, anchors_of, noise_of
 from mtp_jax.errors import UserError
+from mtp_jax.model.attention import Scores
 from mtp_jax.model.chunks import sum_over_chunks
 from mtp_jax.model.decoder import Decoder, head
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.kernels import PLATFORMS, misfit
 from mtp_jax.model.mask_kernel import tiling
+from mtp_jax.model.weights import projections
 from mtp_jax.mtp.adapter import AdapterShape
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
 from mtp_jax.mtp.vocabulary import cross_entropy_sums, rows_at_a_time
@@ -50,7 +52,7 @@ def make_objective(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> "Nex
         grow_steps=config.mtp.grow_steps,
     )
     chunk = anchor_chunk(config, g, mesh)
-    return MultiTokenLoss(decoder, adapter_shape(config, g.V), terms, t.loss_chunk, anchor_chunk=chunk)
+    return MultiTokenLoss(decoder, adapter_shape(config, g), terms, t.loss_chunk, anchor_chunk=chunk)
 
 
 def make_decoder(
@@ -73,31 +75,41 @@ def make_decoder(
     platform = mesh.devices.flat[0].platform
     kernel = "xla"
     for name, platforms in PLATFORMS.items():
-        reason = misfit(name, length, g.H, dtype)
+        reason = misfit(name, length, g.H, dtype, Scores.of(g))
         if platform not in platforms:
             reason = f"is a kernel for {platforms[0]}, not for {platform}"
         if attention == name and reason:
             raise UserError(f"model.attention={name} {reason}; leave it at auto.")
         if attention in ("auto", name) and not reason:
             kernel = name
-    tiles = tiling(platform, length, g.H) if gated and attention != "xla" else None
+    fused = gated and attention != "xla" and g.score_cap is None
+    tiles = tiling(platform, length, g.H) if fused else None
     return Decoder(g, dtype, remat, attention=kernel, mask_tiles=tiles)
 
 
-def adapter_shape(config: Config, V: int) -> AdapterShape:
-    """What a config's adapter for a model with V tokens consists of."""
+def adapter_shape(config: Config, g: Geometry) -> AdapterShape:
+    """What a config's adapter for a model consists of.
+
+    Raises:
+        UserError: `lora.targets` that the model lacks.
+    """
     assert config.lora is not None and config.mtp is not None
-    lora, mtp = config.lora, config.mtp
+    lora, mtp, there = config.lora, config.mtp, projections(g)
+    if missing := [name for name in lora.targets or () if name not in there]:
+        raise UserError(
+            f"lora.targets: {', '.join(missing)} do not exist in this model, whose layers have a mixture of experts; "
+            f"give any of {', '.join(there)}, or leave it out."
+        )
     alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
     return AdapterShape(
         mtp.masks,
         lora.rank,
         alpha,
-        tuple(lora.targets),
+        tuple(lora.targets or there),
         mtp.sampler,
         lora.gated,
         mtp.vocabulary,
-        noise_of(config, V),
+        noise_of(config, g.V),
     )
 
 
@@ -107,8 +119,9 @@ def anchor_chunk(config: Config, g: Geometry, mesh: jax.sharding.Mesh) -> int | 
     assert config.mtp is not None and config.lora is not None and anchors is not None
     if config.train.anchor_chunk is not None or not config.lora.gated:
         return config.train.anchor_chunk
+    mlp = g.F * (g.experts.chosen if g.experts else 1)
     G = anchors.count or config.train.sequence_length
-    products = 3 * g.D + (g.N + 2 * g.K) * g.H + 3 * g.F
+    products = 3 * g.D + (g.N + 2 * g.K) * g.H + 3 * mlp
     width = {"full": g.D, "dots": products, "none": 2 * products}[config.model.remat]  # kept of a row in a layer
     sequences = -(-config.train.batch_size // config.train.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"]))
     per_block = sequences * config.mtp.masks * width * g.L * jnp.dtype(config.model.compute_dtype).itemsize
@@ -143,7 +156,7 @@ class NextToken:
 
         def chunk(rows: tuple[Array, Array, Array]) -> Metrics:
             latents, labels, supervised = rows
-            return cross_entropy_sums(head(latents, table), labels, supervised)
+            return cross_entropy_sums(head(latents, table, self.model.g), labels, supervised)
 
         rows = (latents, batch["labels"], batch["supervised"])
         return sum_over_chunks(chunk, rows, rows_at_a_time(self.loss_chunk, len(latents)))

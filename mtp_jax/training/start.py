@@ -105,7 +105,7 @@ def starting_adapter(config: Config, base: Base | NewBase) -> Adapter | None:
     if config.model.adapter is None:
         return None
     assert isinstance(base, Base)
-    adapter, wanted = open_adapter(config.model.adapter, base), adapter_shape(config, base.g.V)
+    adapter, wanted = open_adapter(config.model.adapter, base), adapter_shape(config, base.g)
     found, faults = adapter.shape, []
     if wanted.masks > found.masks:
         faults.append(f"mtp.masks={wanted.masks} is more than the {found.masks} that model.adapter has.")

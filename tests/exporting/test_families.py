@@ -1,5 +1,6 @@
 """Of every family: the exported base is bit for bit the same, and the adapter drafts in torch what it drafts in JAX."""
 
+import families
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from mtp_jax.model.attention import empty_cache
 from mtp_jax.model.base import open_base
 from mtp_jax.model.decoder import Decoder, MaskRows
 from mtp_jax.model.folder import stored_tensors
-from mtp_jax.model.weights import unstack_layers
+from mtp_jax.model.weights import projections, unstack_layers
 from mtp_jax.mtp.adapter_folder import open_adapter
 from mtp_jax.mtp.sampler import corrected_latent
 
@@ -29,6 +30,10 @@ CASES = {
     "llama dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}},
     "llama yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 100.0}},
 }
+CASES |= families.USUAL
+CASES["phi3 partial"] = next(
+    config for family, name, config, _ in families.CASES if (family, name) == ("phi3", "partial")
+)
 REAL = ("stories260k", "trio-17m")
 SHARDED = ("qwen2", "llama tied")
 V, M = 96, 3
@@ -46,7 +51,7 @@ def made(request, models, tmp_path_factory):
         model = models.make(request.param.split()[0], num_hidden_layers=2, **CASES[request.param])
         model.save_pretrained(folder / "base", **({"max_shard_size": "20KB"} if request.param in SHARDED else {}))
     sampler = {"qwen2": "paper", "mistral": "none"}.get(request.param, "residual")
-    targets = ("q", "v", "down") if request.param == "llama tied" else ("q", "k", "v", "o", "gate", "up", "down")
+    targets = ("q", "v", "down") if request.param == "llama tied" else projections(open_base(str(folder / "base")).g)
     shape, adapter = noisy_adapter(folder / "base", folder / "adapter", M, sampler, targets)
     export(folder / "adapter", folder / "out", base="copy")
     return folder, model, shape, adapter

@@ -2,16 +2,21 @@
 
 import copy
 import json
+import re
 
+import families
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mtp_jax.errors import UserError
+from mtp_jax.model.attention import Scores
+from mtp_jax.model.families import FAMILIES
 from mtp_jax.model.folder import read_geometry
-from mtp_jax.model.geometry import FAMILIES, Geometry
+from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.weights import weight_table
 
 pytestmark = pytest.mark.quick
 
@@ -59,10 +64,10 @@ def without_none(values):
 @pytest.mark.parametrize("name", ROPES)
 def test_frequencies_equal_transformers_in_both_spellings(name, theta, H):
     scaling = without_none(ROPES[name])
-    new = geometry(head_dim=H, rope_parameters={**scaling, "rope_theta": theta}).rope
-    old = geometry(head_dim=H, rope_theta=theta, rope_scaling=scaling).rope
+    new = geometry(head_dim=H, rope_parameters={**scaling, "rope_theta": theta}).layers[0].rope
+    old = geometry(head_dim=H, rope_theta=theta, rope_scaling=scaling).layers[0].rope
     typed = {("type" if key == "rope_type" else key): value for key, value in scaling.items()}
-    oldest = geometry(head_dim=H, rope_theta=theta, rope_scaling=typed).rope
+    oldest = geometry(head_dim=H, rope_theta=theta, rope_scaling=typed).layers[0].rope
     assert new == old == oldest
     config = AutoConfig.for_model("llama", **SIZES, head_dim=H, rope_theta=theta, rope_scaling=copy.deepcopy(scaling))
     theirs = LlamaRotaryEmbedding(config)
@@ -71,9 +76,9 @@ def test_frequencies_equal_transformers_in_both_spellings(name, theta, H):
 
 
 def test_no_rope_scaling_is_null_in_old_configs():
-    old = geometry(head_dim=8, rope_theta=500.0, rope_scaling=None).rope
-    assert old == geometry(head_dim=8, rope_parameters={"rope_theta": 500.0}).rope
-    assert old != geometry(head_dim=8).rope == geometry(head_dim=8, rope_theta=10_000.0).rope
+    old = geometry(head_dim=8, rope_theta=500.0, rope_scaling=None).layers[0].rope
+    assert old == geometry(head_dim=8, rope_parameters={"rope_theta": 500.0}).layers[0].rope
+    assert old != geometry(head_dim=8).layers[0].rope == geometry(head_dim=8, rope_theta=10_000.0).layers[0].rope
 
 
 def test_original_length_beside_rope_scaling_wins():
@@ -81,19 +86,27 @@ def test_original_length_beside_rope_scaling_wins():
     config = AutoConfig.for_model(
         "llama", **SIZES, head_dim=16, original_max_position_embeddings=512, rope_parameters=copy.deepcopy(scaling)
     )
-    ours = geometry(head_dim=16, original_max_position_embeddings=512, rope_parameters=scaling).rope
+    ours = geometry(head_dim=16, original_max_position_embeddings=512, rope_parameters=scaling).layers[0].rope
     np.testing.assert_allclose(np.array(ours.inv_freq, np.float32), LlamaRotaryEmbedding(config).inv_freq, rtol=3e-7)
-    assert ours != geometry(head_dim=16, rope_parameters=scaling).rope
+    assert ours != geometry(head_dim=16, rope_parameters=scaling).layers[0].rope
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_config_and_its_old_spelling_give_one_geometry(family, models, tmp_path):
-    model = models.make(family, rope_parameters={**LLAMA3, "rope_theta": 100.0}, sliding_window=7)
-    model.save_pretrained(tmp_path)
+    said = families.USUAL.get(family, {"rope_parameters": {**LLAMA3, "rope_theta": 100.0}, "sliding_window": 7})
+    models.make(family, **said).save_pretrained(tmp_path)
     new = read_geometry(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     scaling = config.pop("rope_parameters")
-    config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling, "torch_dtype": config.pop("dtype")}
+    if family == "gemma3_text":
+        bases = {kind: of["rope_theta"] for kind, of in scaling.items()}
+        config |= {"rope_theta": bases["full_attention"], "rope_local_base_freq": bases["sliding_attention"]}
+    else:
+        config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    if family == "gemma3_text":  # which kind a layer is, too, by a pattern
+        del config["layer_types"]
+        config["sliding_window_pattern"] = said["sliding_window_pattern"]
+    config |= {"torch_dtype": config.pop("dtype")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_geometry(tmp_path) == new
 
@@ -101,25 +114,36 @@ def test_a_saved_config_and_its_old_spelling_give_one_geometry(family, models, t
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_absent_keys_take_the_values_of_transformers(family, used):
-    said = {**SIZES, "use_sliding_window": True} if used else SIZES
-    said = said if family.startswith("qwen") or not used else SIZES
+    said = {**SIZES, "pad_token_id": 0} | ({"use_sliding_window": True, "sliding_window": 9} if used else {})
     g, config = Geometry.from_config({"model_type": family, **said}), AutoConfig.for_model(family, **said)
-    H = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    assert (config.num_attention_heads, config.num_key_value_heads, H) == (g.N, g.K, g.H)
-    kinds = (
-        getattr(config, "layer_types", None) or ["sliding_attention" if family == "mistral" else "full_attention"] * 3
-    )
-    window = getattr(config, "sliding_window", None)
-    assert g.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    assert (g.tied, g.norm_epsilon) == (config.tie_word_embeddings, config.rms_norm_eps)
     with torch.device("meta"):
-        from transformers import AutoModelForCausalLM
-
-        names = {name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()}
-    assert g.qkv_bias == ("model.layers.0.self_attn.q_proj.bias" in names)
-    assert g.o_bias == ("model.layers.0.self_attn.o_proj.bias" in names)
-    assert g.mlp_bias == ("model.layers.0.mlp.up_proj.bias" in names)
-    assert g.qk_norm == ("model.layers.0.self_attn.q_norm.weight" in names)
+        model = AutoModelForCausalLM.from_config(config)
+    attention = model.model.layers[0].self_attn
+    assert (config.num_attention_heads, config.num_key_value_heads) == (g.N, g.K)
+    assert (attention.head_dim, attention.scaling) == (g.H, Scores.of(g).scale)
+    assert getattr(config, "attn_logit_softcapping", None) == g.score_cap
+    assert getattr(config, "final_logit_softcapping", None) == g.logit_cap
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    plain = family in ("llama", "olmo2", "granite")  # others without kinds of layers have one window for all
+    kinds = kinds or ["full_attention" if plain else "sliding_attention"] * 3
+    assert g.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    ropes = getattr(config, "rope_parameters", None)
+    for kind, layer in zip(kinds, g.layers, strict=True):
+        said = ropes.get(kind, ropes)
+        if layer.rope is not None:
+            second = np.float32(1) / np.float32(said["rope_theta"]) ** np.float32(2 / g.H)
+            assert len(layer.rope.inv_freq) == 1 or np.isclose(layer.rope.inv_freq[1], second)
+    assert [layer.rope is not None for layer in g.layers] == list(map(bool, getattr(config, "no_rope_layers", [1] * 3)))
+    assert (g.tied, g.norm_epsilon) == (config.tie_word_embeddings, config.rms_norm_eps)
+    ours = {key for weight in weight_table(g) for key in weight.stored_keys()}
+    # Experts are one tensor in memory, and one each in a file: reading files has tests of its own.
+    expert = re.compile(r".*\.(mlp|block_sparse_moe)\.(experts|gate)\..*")
+    theirs = {name for name, _ in model.named_parameters()}
+    assert {key for key in ours if not expert.match(key)} == {name for name in theirs if not expert.match(name)}
+    if g.experts:
+        chosen = config.num_experts_per_tok
+        assert (config.num_local_experts, chosen) == (g.experts.total, g.experts.chosen)
+        assert getattr(config, "moe_intermediate_size", config.intermediate_size) == g.F
 
 
 REFUSED = {
@@ -147,6 +171,40 @@ REFUSED = {
     "heads": ({"num_attention_heads": 6, "num_key_value_heads": 4, "head_dim": 8}, ["=6", "=4"]),
     "odd head_dim": ({"head_dim": 7}, ["head_dim=7"]),
     "no size": ({"hidden_size": None, "vocab_size": "many"}, ["hidden_size is missing", "vocab_size is 'many'"]),
+    "query scale without a head width": (
+        {"model_type": "gemma3_text", "query_pre_attn_scalar": 24},
+        ["query_pre_attn_scalar", "head_dim"],
+    ),
+    "cap of 0": ({"model_type": "gemma2", "attn_logit_softcapping": 0}, ["attn_logit_softcapping is 0"]),
+    "window pattern of another length": (
+        {"model_type": "gemma2", "layer_types": ["sliding_attention"] * 2},
+        ["layer_types", "3 layers"],
+    ),
+    "window pattern of 0": (
+        {"model_type": "gemma3_text", "sliding_window_pattern": 0},
+        ["sliding_window_pattern is 0"],
+    ),
+    "rows that see what follows": (
+        {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+        ["use_bidirectional_attention"],
+    ),
+    "layers without rope of another length": (
+        {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+        ["no_rope_layers", "3 layers"],
+    ),
+    "more experts per token than experts": (
+        {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5},
+        ["num_experts_per_tok=5", "num_local_experts=4"],
+    ),
+    "layers without experts": ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, ["mlp_only_layers"]),
+    "longrope of another width": (
+        {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]}},
+        ["short_factor", "1 numbers"],
+    ),
+    "longrope without factors": (
+        {"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0]}},
+        ["'longrope' needs long_factor"],
+    ),
     "several": ({"hidden_act": "relu", "num_hidden_layers": 0}, ["hidden_act", "num_hidden_layers"]),
 }
 

@@ -7,8 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.model.attention import Blocks, LayerCache, RealRows, attend, attend_blocks, attend_rows, visibility
+from mtp_jax.model.attention import (
+    Blocks,
+    LayerCache,
+    RealRows,
+    Scores,
+    attend,
+    attend_blocks,
+    attend_rows,
+    visibility,
+)
 from mtp_jax.model.kernels import misfit, splash
+
+SCORES = Scores(0.2)  # not 1/sqrt(H), which a path could have taken by itself
 
 
 def inputs(B, R, N, K, H):
@@ -39,8 +50,8 @@ def test_splash_computes_what_xla_does(window):
         return jnp.sum(out * weights), out
 
     paths = [
-        lambda q, real: attend(q, real, visible),
-        functools.partial(splash, segments=segments, window=window, interpret=True),
+        lambda q, real: attend(q, real, visible, SCORES),
+        functools.partial(splash, segments=segments, scale=SCORES.scale, window=window, interpret=True),
     ]
     with jax.default_matmul_precision("highest"):
         runs = [jax.jit(jax.value_and_grad(functools.partial(loss, path), (0, 1), has_aux=True)) for path in paths]
@@ -54,9 +65,9 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
     q, real = inputs(2, 50, 4, 2, 8)
     segments, positions = packed(2, 50)
     visible = visibility(positions, positions, segments, segments)
-    whole = jax.grad(lambda q, real: jnp.sum(jnp.sin(attend(q, real, visible))), (0, 1))(q, real)
+    whole = jax.grad(lambda q, real: jnp.sum(jnp.sin(attend(q, real, visible, SCORES))), (0, 1))(q, real)
     monkeypatch.setattr("mtp_jax.model.attention._SCORE_BYTES", 4 * 2 * 4 * 50 * 7)  # seven rows
-    parts = jax.grad(lambda q, real: jnp.sum(jnp.sin(attend_rows(q, real, visible))), (0, 1))(q, real)
+    parts = jax.grad(lambda q, real: jnp.sum(jnp.sin(attend_rows(q, real, visible, SCORES))), (0, 1))(q, real)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -68,11 +79,11 @@ def test_scores_of_a_long_sequence_never_exist_all_at_once():
     numbers, flags = of((B, G), jnp.int32), of((B, T, T), jnp.bool_)
 
     def rows(q, real, visible):
-        return jnp.sum(attend_rows(q, real, visible))
+        return jnp.sum(attend_rows(q, real, visible, SCORES))
 
     def masks(q, own, real, at):
         seen = RealRows(jnp.arange(T)[None], jnp.ones((B, T), jnp.int32))
-        return jnp.sum(attend_blocks(q, own, real, Blocks(at, at, jnp.ones_like(at)), seen, None, None))
+        return jnp.sum(attend_blocks(q, own, real, Blocks(at, at, jnp.ones_like(at)), seen, None, None, SCORES))
 
     own = (of((B, G, M, K, H), jnp.float32),) * 2
     for f, arguments, scores in (
@@ -85,6 +96,8 @@ def test_scores_of_a_long_sequence_never_exist_all_at_once():
 
 
 def test_what_a_kernel_does_not_take_is_said():
-    assert misfit("splash", 2048, 128, jnp.bfloat16) is None and misfit("cudnn", 2048, 128, jnp.bfloat16) is None
-    assert "multiple of 128" in misfit("splash", 100, 128, jnp.bfloat16)
-    assert "float32" in misfit("cudnn", 2048, 128, jnp.float32)
+    for kernel in ("splash", "cudnn"):
+        assert misfit(kernel, 2048, 128, jnp.bfloat16, SCORES) is None
+        assert "capped" in misfit(kernel, 2048, 128, jnp.bfloat16, Scores(0.2, 50.0))
+    assert "multiple of 128" in misfit("splash", 100, 128, jnp.bfloat16, SCORES)
+    assert "float32" in misfit("cudnn", 2048, 128, jnp.float32, SCORES)

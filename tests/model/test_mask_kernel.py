@@ -13,10 +13,11 @@ from conftest import environment
 
 from mtp_jax.fitting.chips import topology_devices
 from mtp_jax.model import mask_kernel as subject
-from mtp_jax.model.attention import Blocks, LayerCache, RealRows, attend_blocks
+from mtp_jax.model.attention import Blocks, LayerCache, RealRows, Scores, attend_blocks
 from mtp_jax.model.mask_kernel import Tiling, attend_blocks_fused, tiling
 
 B, G, M, N, K, H, S = 2, 10, 3, 4, 2, 8, 24
+SCALE = 0.4  # of scores; not 1/sqrt(H), which a kernel could have taken by itself
 BOTH = ("tpu", "gpu")
 
 
@@ -43,9 +44,9 @@ def slopes(attention, q, own, weights):
 def test_output_and_gradients_are_those_of_xla(platform, window):
     q, own, real, blocks, keys = arrays()
     weights = arrays(1)[0]
-    plain = lambda q, own: attend_blocks(q, own, real, blocks, keys, window, None)  # noqa: E731
+    plain = lambda q, own: attend_blocks(q, own, real, blocks, keys, window, None, Scores(SCALE))  # noqa: E731
     fused = lambda q, own: attend_blocks_fused(  # noqa: E731
-        q, own, real, blocks, keys, window, Tiling(16, 8, platform, interpret=True)
+        q, own, real, blocks, keys, window, Tiling(16, 8, platform, interpret=True), SCALE
     )
     assert np.allclose(plain(q, own), fused(q, own), atol=2e-6)
     for a, b in zip(
@@ -61,8 +62,8 @@ def test_no_tile_of_keys_behind_the_last_anchor_is_read():
     spoilt = LayerCache(*(x.at[:, :, 8:].set(jnp.nan) for x in real))
     for platform in BOTH:
         tiles = Tiling(16, 8, platform, interpret=True)
-        assert np.isfinite(attend_blocks_fused(q, own, spoilt, blocks, keys, None, tiles)).all()
-    assert not np.isfinite(attend_blocks(q, own, spoilt, blocks, keys, None, None)).all()
+        assert np.isfinite(attend_blocks_fused(q, own, spoilt, blocks, keys, None, tiles, SCALE)).all()
+    assert not np.isfinite(attend_blocks(q, own, spoilt, blocks, keys, None, None, Scores(SCALE))).all()
 
 
 def test_what_each_tile_reads():
@@ -94,7 +95,7 @@ from mtp_jax import sharding
 from mtp_jax.config import Mesh
 q, own, real, blocks, keys = t.arrays()
 def step(q, k, v):
-    out = t.attend_blocks_fused(q, (k, v), real, blocks, keys, 5, t.Tiling(16, 8, "tpu", interpret=True))
+    out = t.attend_blocks_fused(q, (k, v), real, blocks, keys, 5, t.Tiling(16, 8, "tpu", interpret=True), t.SCALE)
     return (out * out).sum()
 plain = jax.value_and_grad(step, (0, 1, 2))(q, *own)
 for data, tensor in ((2, 2), (2, 1), (1, 4)):
@@ -141,7 +142,7 @@ def program(platform, dtype, width):
 
     def step(q, k, v, cache, at, segments, real):
         of, reals = Blocks(at, at, segments), RealRows(real, real)
-        attention = lambda q, k, v: attend_blocks_fused(q, (k, v), cache, of, reals, None, tiles)  # noqa: E731
+        attention = lambda q, k, v: attend_blocks_fused(q, (k, v), cache, of, reals, None, tiles, SCALE)  # noqa: E731
         return jax.value_and_grad(lambda *x: jnp.sum(attention(*x)).astype(jnp.float32), (0, 1, 2))(q, k, v)
 
     wide = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731

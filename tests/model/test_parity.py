@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import families
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +90,8 @@ CASES = {
         {},
     ),
 }
+
+CASES |= {f"{family} {name}".strip(): (family, *rest) for family, name, *rest in families.CASES}
 
 
 def reference(model, tokens):

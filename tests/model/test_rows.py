@@ -1,5 +1,6 @@
 """Padding, packing and chunked prefill are matters of layout: they change no logit."""
 
+import families
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,14 +15,14 @@ from mtp_jax.model.weights import unstack_layers
 
 CLOSE = 1e-5
 LENGTH = 29
-WINDOWS = {"llama": {}, "mistral": {"sliding_window": 5}}
+MODELS = {"llama": {}, "mistral": {"sliding_window": 5}, **families.USUAL}
 
 
-@pytest.fixture(scope="module", params=WINDOWS)
+@pytest.fixture(scope="module", params=MODELS)
 def case(request, models, tmp_path_factory):
-    """Geometry, weights, and the logits of two plain documents; a windowed model and one without."""
+    """Geometry, weights, and the logits of two plain documents."""
     folder = tmp_path_factory.mktemp(request.param)
-    models.make(request.param, **WINDOWS[request.param]).save_pretrained(folder)
+    models.make(request.param, **MODELS[request.param]).save_pretrained(folder)
     g, params = models.load(folder)
     documents = np.random.default_rng(3).integers(0, g.V, (2, LENGTH))
     return g, params, documents, logits(g, params, documents, np.broadcast_to(np.arange(LENGTH), documents.shape))

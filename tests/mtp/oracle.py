@@ -28,16 +28,54 @@ def sees(row, other, window):
     return kind == "mask" and at2 == at and offset2 <= offset
 
 
-def rms_norm(x, scale, epsilon):
-    return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + epsilon) * scale
+def rms_norm(x, scale, g):
+    return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + g.norm_epsilon) * (scale + g.norm_offset)
 
 
-def rotate(x, position, inv_freq):  # [rows, heads, H]
+def capped(x, cap):
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def activation(g, x):
+    if g.activation == "silu":
+        return x / (1 + jnp.exp(-x))
+    return x * (1 + jnp.tanh((2 / jnp.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
+
+
+def mixture(p, g, x, layer):
+    """Every expert computes every row; the router's weights of those not chosen are 0."""
+    share = jax.nn.softmax(x @ p["router"]["kernel"][layer], -1)
+    least = jnp.sort(share, -1)[:, -g.experts.chosen][:, None]
+    share = jnp.where(share >= least, share, 0)
+    share = share / share.sum(-1, keepdims=True) if g.experts.normalised else share
+    out = 0
+    for e in range(g.experts.total):
+        gate, up, down = (p["experts"][name][layer, e] for name in ("gate", "up", "down"))
+        out += share[:, e : e + 1] * ((activation(g, x @ gate) * (x @ up)) @ down)
+    return out
+
+
+def embeddings(params, g, token):
+    return params["embed"]["embedding"][token] * g.embed_scale
+
+
+def logits(g, latents, table):
+    return capped(latents @ table.T / g.logit_divisor, g.logit_cap)
+
+
+def rotate(x, position, rope):  # [rows, heads, H]
+    if rope is None:
+        return x
+    inv_freq = jnp.asarray(rope.inv_freq)
+    if rope.long is not None:
+        longer = position.max() + 1 > rope.long[1]
+        inv_freq = jnp.where(longer, jnp.asarray(rope.long[0]), inv_freq)
+    x, rest = x[..., : 2 * len(inv_freq)], x[..., 2 * len(inv_freq) :]
     angle = position[:, None].astype(jnp.float32) * inv_freq
     full = jnp.concatenate([angle, angle], -1)[:, None]
     half = x.shape[-1] // 2
     turned = jnp.concatenate([-x[..., half:], x[..., :half]], -1)
-    return x * jnp.cos(full) + turned * jnp.sin(full)
+    return jnp.concatenate([(x * jnp.cos(full) + turned * jnp.sin(full)) * rope.scale, rest], -1)
 
 
 def forward(params, adapter, g, shape, batch, b):
@@ -50,12 +88,11 @@ def forward(params, adapter, g, shape, batch, b):
         if kind == "mask" and shape.noise is None:
             return adapter["mtp"]["masks"][offset - 1]
         token = tokens[at] if kind == "real" else np.asarray(batch["noise"][b])[anchors.index(at), offset - 1]
-        return params["embed"]["embedding"][token]
+        return embeddings(params, g, token)
 
     x = jnp.stack([embedding(*row[:3]) for row in rows])
     gate = np.array([1.0 if r[0] == "mask" or not shape.gated else 0.0 for r in rows], np.float32)[:, None]
     position = jnp.asarray([r[4] for r in rows])
-    inv_freq = jnp.asarray(g.rope.inv_freq)
     for layer in range(g.L):
         visible = np.array([[sees(r, o, g.windows[layer]) for o in rows] for r in rows])
 
@@ -67,23 +104,32 @@ def forward(params, adapter, g, shape, batch, b):
                 y = y + gate * (shape.alpha / shape.rank) * ((h @ lora["a"][layer]) @ lora["b"][layer])
             return y
 
-        def norm(name, h, layer=layer):
-            return rms_norm(h, params["layers"][name]["scale"][layer], g.norm_epsilon)
+        def norm(name, h, layer=layer):  # where the model has it
+            of = params["layers"].get(name)
+            return h if of is None else rms_norm(h, of["scale"][layer], g)
 
         h = norm("attention_norm", x)
-        q = project("q", h).reshape(-1, g.N, g.H)
-        k = project("k", h).reshape(-1, g.K, g.H)
-        v = project("v", h).reshape(-1, g.K, g.H)
-        if g.qk_norm:
+        q, k, v = (project(name, h) for name in "qkv")
+        if g.qk_norm == "width":
             q, k = norm("q_norm", q), norm("k_norm", k)
-        q, k = rotate(q, position, inv_freq), rotate(k, position, inv_freq)
+        q, k, v = q.reshape(-1, g.N, g.H), k.reshape(-1, g.K, g.H), v.reshape(-1, g.K, g.H)
+        if g.qk_norm == "head":
+            q, k = norm("q_norm", q), norm("k_norm", k)
+        rope = g.layers[layer].rope
+        q, k = rotate(q, position, rope), rotate(k, position, rope)
         k, v = jnp.repeat(k, g.N // g.K, 1), jnp.repeat(v, g.N // g.K, 1)
-        scores = jnp.einsum("rnh,snh->nrs", q, k) / g.H**0.5
+        scale = g.H**-0.5 if g.score_scale is None else g.score_scale
+        scores = capped(jnp.einsum("rnh,snh->nrs", q, k) * scale, g.score_cap)
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), -1)
-        x = x + project("o", jnp.einsum("nrs,snh->rnh", weights, v).reshape(len(rows), -1))
+        h = project("o", jnp.einsum("nrs,snh->rnh", weights, v).reshape(len(rows), -1))
+        x = x + g.residual_scale * norm("attention_out_norm", h)
         h = norm("mlp_norm", x)
-        x = x + project("down", jax.nn.silu(project("gate", h)) * project("up", h))
-    return rms_norm(x, params["norm"]["scale"], g.norm_epsilon)
+        if g.experts:
+            h = mixture(params["layers"]["mixture"], g, h, layer)
+        else:
+            h = project("down", activation(g, project("gate", h)) * project("up", h))
+        x = x + g.residual_scale * norm("mlp_out_norm", h)
+    return rms_norm(x, params["norm"]["scale"], g)
 
 
 def sampler_latents(adapter, shape, embedding, z):
@@ -101,8 +147,8 @@ def layer_norm(x, p):
 
 def losses(adapter, params, g, shape, terms, batch, vocabulary=None):
     """Every loss term and the total, by the definitions of the method, plus all latents; `vocabulary` is drafted."""
-    E = params["embed"]["embedding"]
-    table = E if g.tied else params["unembed"]["embedding"]
+    E = params["embed"]["embedding"] * g.embed_scale
+    table = params["embed"]["embedding"] if g.tied else params["unembed"]["embedding"]
     ids = np.arange(len(table)) if vocabulary is None else np.asarray(vocabulary)
     rest = (params, g, shape, terms, batch)
     parts = [sequence_losses(adapter, *rest, b, E, table, ids) for b in range(len(batch["tokens"]))]
@@ -130,7 +176,7 @@ def sequence_losses(adapter, params, g, shape, terms, batch, b, E, table, ids):
     T = len(tokens)
 
     def nll(latents, label):
-        return -jnp.take_along_axis(jax.nn.log_softmax(latents @ table.T), label[:, None], 1)[:, 0]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits(g, latents, table)), label[:, None], 1)[:, 0]
 
     out = {"latents": z}
     real = np.flatnonzero(supervised)
@@ -157,9 +203,9 @@ def sequence_losses(adapter, params, g, shape, terms, batch, b, E, table, ids):
     heads = {"base": z[row]}
     if shape.sampler != "none":
         heads["sampler"] = sampler_latents(adapter, shape, E[tokens[at]], z[row])
-    target = jax.lax.stop_gradient(z[at] @ table.T)
+    target = jax.lax.stop_gradient(logits(g, z[at], table))
     for name, latents in heads.items():
-        p, q = jax.nn.softmax(target[:, ids]), jax.nn.softmax(latents @ table[ids].T)
+        p, q = jax.nn.softmax(target[:, ids]), jax.nn.softmax(logits(g, latents, table[ids]))
         tv = jnp.abs(p - q).sum(-1) / 2
         if terms.target in ("data", "base_hard"):
             label = labels[at] if terms.target == "data" else jnp.argmax(target, -1)

@@ -34,7 +34,9 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
 CONFIG, TENSORS, FORMAT = "mtp_config.json", "adapter.safetensors", 1
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "olmo2", "phi3", "smollm3")
+FAMILIES += ("granite", "qwen3_moe", "mixtral")
+WITHOUT_WINDOWS = ("llama", "olmo2", "granite")  # whatever their config says
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # projections that read one input
 # Rows of a step, over the batch, that the default plan uses: a row costs time on a CPU, and hardly any on a GPU.
 CPU_ROWS, GPU_ROWS = 4, 64
@@ -122,7 +124,7 @@ def generate(
         room = config.max_new_tokens
     else:  # max_length counts the padded prompt; transformers' default counts new tokens
         room = config.max_length if default_length else config.max_length - ids.shape[1]
-        room = min(room, model.config.max_position_embeddings - ids.shape[1]) if default_length else room
+        room = min(room, _config(model).max_position_embeddings - ids.shape[1]) if default_length else room
     if room < 1:
         raise ValueError(f"max_length leaves no room for a new token behind a prompt of {ids.shape[1]}.")
     found = _load_adapter(model, adapter)
@@ -227,8 +229,8 @@ class Adapter:
         self.masks = None if self.noise else tensors["mtp.masks"].to(first, dtype)
         scale = config["alpha"] / config["rank"]
         self.layers = []
-        for i, layer in enumerate(model.get_decoder().layers[: model.config.num_hidden_layers]):
-            device, groups = layer.self_attn.q_proj.weight.device, []
+        for i, layer in enumerate(_layers(model)):
+            device, groups = layer.self_attn.o_proj.weight.device, []
             for names in GROUPS:
                 a, spans, b, at = [], [], [], 0
                 for name in names:
@@ -303,14 +305,25 @@ def _load_adapter(model, name):
     return known[1]
 
 
+def _config(model):
+    """The config of a model, or of its text part."""
+    return model.config.get_text_config()
+
+
+def _layers(model):
+    return model.get_decoder().layers[: _config(model).num_hidden_layers]
+
+
 def _check_fits(name, tensors, model):
-    layer, L = model.get_decoder().layers[0], model.config.num_hidden_layers
-    width = {"mtp.masks": (None, model.config.hidden_size)}
-    for part, names in ((layer.self_attn, "qkvo"), (layer.mlp, ("gate", "up", "down"))):
-        for each in names:
-            linear = getattr(part, f"{each}_proj")
-            width[f"lora.layers.{each}.a"] = (L, linear.in_features, None)
-            width[f"lora.layers.{each}.b"] = (L, None, linear.out_features)
+    config = _config(model)
+    L, width = config.num_hidden_layers, {"mtp.masks": (None, config.hidden_size)}
+    for names, (linears, widths) in zip(GROUPS, _linears(model)[0][0], strict=True):
+        for each, features in zip(names, widths, strict=False):
+            width[f"lora.layers.{each}.a"] = (L, linears[0].in_features, None)
+            width[f"lora.layers.{each}.b"] = (L, None, features)
+    missing = {key.split(".")[2] for key in tensors if key.startswith("lora.") and key not in width}
+    if missing:
+        raise ValueError(f"{name} does not belong to this model, which has no {', '.join(sorted(missing))}.")
     for key, shape in width.items():
         if key in tensors and any(want not in (None, got) for want, got in zip(shape, tensors[key].shape, strict=True)):
             raise ValueError(f"{name} does not belong to this model: its {key} is {tuple(tensors[key].shape)}.")
@@ -436,27 +449,36 @@ class Rows:
     """The model's own modules, applied to real rows and mask rows together; only mask rows go through the LoRA."""
 
     def __init__(self, model, adapter, pack=False):
-        self.adapter, self.config, config = adapter, model.config, model.config
+        self.adapter, self.config = adapter, _config(model)
+        config = self.config
         self.inner = model.get_decoder()
         self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         ids = adapter.vocabulary
         self.draft_table = self.head.weight if ids is None else self.head.weight[ids]
         self.projections, self.head_product = (_pack(model) if pack else None) or _products(model, Joined)
-        self.layers = list(self.inner.layers)[: config.num_hidden_layers]
+        self.layers = list(_layers(model))
         self.N, self.K = config.num_attention_heads, config.num_key_value_heads
         window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-        if config.model_type == "llama":
+        if config.model_type in WITHOUT_WINDOWS:
             window = None
         if config.model_type == "mistral":
             kinds = None
         self.windows = [
             window if kinds is None or kinds[i] == "sliding_attention" else None for i in range(len(self.layers))
         ]
-        rope = self.inner.rotary_emb
-        dynamic = getattr(rope, "rope_type", "default") == "dynamic"
-        # The rotary module itself is not called: dynamic frequencies would follow drafts and masks too.
-        self.frequencies, self.rope_scale = rope.original_inv_freq if dynamic else rope.inv_freq, rope.attention_scaling
-        self.dynamic = config.rope_parameters if dynamic else None
+        # Which rotation each layer has, by its kind where kinds differ, and None for none.
+        by_kind = kinds is not None and hasattr(self.inner.rotary_emb, f"{kinds[0]}_inv_freq")
+        self.kinds = [(kinds[i] if by_kind else "") for i in range(len(self.layers))]
+        self.kinds = [
+            kind if getattr(layer.self_attn, "use_rope", True) else None
+            for kind, layer in zip(self.kinds, self.layers, strict=True)
+        ]
+        self.rotations = {
+            kind: Rotation(self.inner.rotary_emb, config, kind) for kind in set(self.kinds) if kind is not None
+        }
+        self.embed_scale = getattr(self.inner, "embedding_multiplier", 1.0)
+        self.divisor = getattr(config, "logits_scaling", 1.0)
+        self.logit_cap = getattr(config, "final_logit_softcapping", None)
 
     def __call__(self, tokens, layout, starts, cache, lengths=None):
         """Latents [B, R, D] of real rows and [B, Q, D] of mask rows, of calls that begin at positions `starts`.
@@ -472,9 +494,8 @@ class Rows:
         begins = torch.tensor(starts, device=tokens.device)
         positions = begins[:, None] + layout.positions
         counts = positions + 1 if lengths is None else torch.maximum(positions + 1, lengths[:, None])
-        angles = self._flat(positions[..., None], R).float() * self._frequencies(self._flat(counts[..., None], R))
-        angles = torch.cat([angles, angles], dim=-1)[:, None]
-        cos, sin = (angles.cos() * self.rope_scale).to(x.dtype), (angles.sin() * self.rope_scale).to(x.dtype)
+        positions, counts = self._flat(positions[..., None], R), self._flat(counts[..., None], R)
+        turns = {kind: rotation(positions, counts, x.dtype) for kind, rotation in self.rotations.items()}
         masks = {}
         for window in set(self.windows):
             seen = layout.visible(begins[:1] if same else begins, max(starts) + n, window)
@@ -485,28 +506,39 @@ class Rows:
             qkv, out, mlp_in, mlp_out = self.adapter.layers[i]
             qkv_proj, o_proj, gate_up, down = self.projections[i]
             part = layer.self_attn
-            device = part.q_proj.weight.device
-            if cos.device != device or x.device != device:  # a model spread over several devices
-                x, cos, sin = x.to(device), cos.to(device), sin.to(device)
+            device = part.o_proj.weight.device
+            if x.device != device or masks[self.windows[i]].device != device:  # a model spread over several devices
+                x = x.to(device)
+                turns = {kind: (cos.to(device), sin.to(device)) for kind, (cos, sin) in turns.items()}
                 masks = {window: mask.to(device) for window, mask in masks.items()}
-            h = layer.input_layernorm(x)
+            norms = Norms(layer)
+            h = norms.before_attention(x)
             q, k, v = _project(qkv_proj, qkv, h, real)
-            q, k, v = q.view(len(q), self.N, -1), k.view(len(k), self.K, -1), v.view(len(v), self.K, -1)
-            if hasattr(part, "q_norm"):
+            whole = hasattr(part, "q_norm") and part.q_norm.weight.numel() != part.head_dim  # a norm over all heads
+            if whole:
                 q, k = part.q_norm(q), part.k_norm(k)
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            q, k, v = (y.reshape(len(y), -1, part.head_dim) for y in (q, k, v))
+            if hasattr(part, "q_norm") and not whole:
+                q, k = part.q_norm(q), part.k_norm(k)
+            if self.kinds[i] is not None:
+                q, k = _rotate(q, *turns[self.kinds[i]]), _rotate(k, *turns[self.kinds[i]])
             q, k, v = (self._apart(y, B, R) for y in (q, k, v))
             k, v = cache.write(i, k.transpose(1, 2), v.transpose(1, 2), starts, same)
             # Query heads that share a key head are stacked as further rows.
             q = q.view(B, n, self.K, -1, q.shape[-1]).permute(0, 2, 3, 1, 4).flatten(2, 3)
-            h = F.scaled_dot_product_attention(q, k, v, masks[self.windows[i]], scale=part.scaling)
+            h = _attend(q, k, v, masks[self.windows[i]], part.scaling, getattr(part, "attn_logit_softcapping", None))
             h = h.unflatten(2, (-1, n)).permute(0, 3, 1, 2, 4).reshape(B, n, -1)
             (h,) = _project(o_proj, out, self._flat(h, R), real)
-            x = x + h
-            h = layer.post_attention_layernorm(x)
-            gate, up = _project(gate_up, mlp_in, h, real)
-            (h,) = _project(down, mlp_out, layer.mlp.act_fn(gate) * up, real)
-            x = x + h
+            scale = getattr(layer, "residual_multiplier", 1.0)
+            x = x + norms.after_attention(h) * scale
+            h = norms.before_mlp(x)
+            if hasattr(layer.mlp, "experts"):
+                h = layer.mlp(h[None])[0]
+            else:
+                gate, up = _project(gate_up, mlp_in, h, real)
+                act = layer.mlp.act_fn if hasattr(layer.mlp, "act_fn") else layer.mlp.activation_fn
+                (h,) = _project(down, mlp_out, act(gate) * up, real)
+            x = x + norms.after_mlp(h) * scale
         x = self.inner.norm(x)
         return x[:real].view(B, R, x.shape[1]), x[real:].view(B, n - R, x.shape[1])
 
@@ -518,28 +550,22 @@ class Rows:
 
     def embedding(self, tokens):
         """Input embeddings, on the device of the table."""
-        return self.embed(tokens.to(self.embed.weight.device))
+        return self.embed(tokens.to(self.embed.weight.device)) * self.embed_scale
 
     def logits(self, latents):
         """The base head, float32."""
-        return self.head_product(latents)[0].float()
+        return self.as_logits(self.head_product(latents)[0])
+
+    def as_logits(self, products):
+        """Products of latents and rows of the head's table as the model's logits."""
+        logits = products.float() / self.divisor
+        return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
 
     def draft_logits(self, latents):
         """The base head over the tokens that may be drafted, float32."""
         if self.adapter.vocabulary is None:
             return self.logits(latents)
-        return F.linear(latents, self.draft_table).float()
-
-    def _frequencies(self, counts):
-        """Frequencies of rows that stand in so many tokens each."""
-        plain = self.frequencies.to(counts.device, torch.float32)
-        if self.dynamic is None:
-            return plain
-        theta, factor, H = self.dynamic["rope_theta"], self.dynamic["factor"], 2 * len(plain)
-        unchanged = self.config.max_position_embeddings
-        base = theta * (factor * counts / unchanged - (factor - 1)) ** (H / (H - 2))
-        changed = 1 / base ** (torch.arange(0, H, 2, device=counts.device) / H)
-        return torch.where(counts > unchanged, changed, plain)
+        return self.as_logits(F.linear(latents, self.draft_table))
 
     def _flat(self, x, R):
         """[B, n, ...] as rows: real rows of all sequences, then mask rows."""
@@ -552,23 +578,76 @@ class Rows:
         return torch.cat([x[: B * R].unflatten(0, (B, R)), x[B * R :].unflatten(0, (B, len(x) // B - R))], dim=1)
 
 
+class Norms:
+    """The norms of a layer, by where they stand: families have them before, after, or on both sides of a part."""
+
+    def __init__(self, layer):
+        same, after = torch.nn.Identity(), hasattr(layer, "post_feedforward_layernorm")
+        self.before_attention = getattr(layer, "input_layernorm", same)
+        self.after_attention = layer.post_attention_layernorm if after else same
+        self.before_mlp = getattr(layer, "pre_feedforward_layernorm", same if after else layer.post_attention_layernorm)
+        self.after_mlp = layer.post_feedforward_layernorm if after else same
+
+
+class Rotation:
+    """Cosine and sine of the layers of one kind.
+
+    The rotary module itself is not called: frequencies that follow the length would follow drafts and masks too.
+    """
+
+    def __init__(self, rope, config, kind):
+        of = f"{kind}_" if kind else ""
+        self.said = config.rope_parameters[kind] if kind else config.rope_parameters
+        self.type = self.said.get("rope_type", "default")
+        follows = self.type in ("dynamic", "longrope")
+        self.frequencies = getattr(rope, f"{of}original_inv_freq" if follows else f"{of}inv_freq")
+        self.scale = getattr(rope, f"{of}attention_scaling")
+        self.unchanged = config.max_position_embeddings
+        if self.type == "longrope":
+            self.unchanged = self.said["original_max_position_embeddings"]
+
+    def __call__(self, positions, counts, dtype):
+        """For rows at `positions` [rows, 1] that stand in so many tokens each."""
+        plain = self.frequencies.to(counts.device, torch.float32)
+        H = 2 * len(plain)
+        steps = torch.arange(0, H, 2, device=counts.device) / H
+        if self.type == "dynamic":
+            theta, factor = self.said["rope_theta"], self.said["factor"]
+            base = theta * (factor * counts / self.unchanged - (factor - 1)) ** (H / (H - 2))
+            plain = torch.where(counts > self.unchanged, 1 / base**steps, plain)
+        elif self.type == "longrope":
+            longer = torch.tensor(self.said["long_factor"], dtype=torch.float32, device=counts.device)
+            plain = torch.where(counts > self.unchanged, 1 / (longer * self.said["rope_theta"] ** steps), plain)
+        angles = positions.float() * plain
+        angles = torch.cat([angles, angles], dim=-1)[:, None]
+        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+
+
+def _attend(q, k, v, mask, scale, cap):
+    if cap is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    scores = cap * torch.tanh(q @ k.transpose(-1, -2) * scale / cap) + mask
+    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+
+
 class Joined:
     """The model's linear layers that read one input, unchanged."""
 
-    def __init__(self, linears):
-        self.linears = linears
+    def __init__(self, linears, widths):
+        self.linears, self.widths = linears, widths
 
     def __call__(self, x):
-        return [linear(x) for linear in self.linears]
+        outputs = [linear(x) for linear in self.linears]
+        return outputs if len(outputs) == len(self.widths) else outputs[0].split(self.widths, dim=-1)
 
 
 class Packed:
     """The same from a copy of their weights, laid out so that oneDNN reads them once for several rows."""
 
-    def __init__(self, linears):
+    def __init__(self, linears, widths):
         weight = torch.cat([linear.weight.detach() for linear in linears])
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, CPU_ROWS)
-        self.widths = [linear.out_features for linear in linears]
+        self.widths = widths
         biases = [torch.zeros(x.out_features) if x.bias is None else x.bias.detach() for x in linears]
         self.bias = None if all(linear.bias is None for linear in linears) else torch.cat(biases)
 
@@ -578,24 +657,41 @@ class Packed:
 
 
 def _linears(model):
-    """Linear projections by layer and group, and the head."""
-    layers = []
-    for layer in model.get_decoder().layers[: model.config.num_hidden_layers]:
-        owners = (layer.self_attn, layer.self_attn, layer.mlp, layer.mlp)
-        pairs = zip(owners, GROUPS, strict=True)
-        layers.append([[getattr(owner, f"{name}_proj") for name in names] for owner, names in pairs])
+    """Linear projections by layer and group, each group with the widths of what it gives, and the head.
+
+    A group may be stored as one projection; experts are none.
+    """
+    config, layers = _config(model), []
+    for layer in _layers(model):
+        part, mlp, groups = layer.self_attn, layer.mlp, []
+        heads, kv = config.num_attention_heads * part.head_dim, config.num_key_value_heads * part.head_dim
+        if hasattr(part, "qkv_proj"):
+            groups.append(([part.qkv_proj], [heads, kv, kv]))
+        else:
+            groups.append(([part.q_proj, part.k_proj, part.v_proj], [heads, kv, kv]))
+        groups.append(([part.o_proj], [part.o_proj.out_features]))
+        if hasattr(mlp, "experts"):
+            groups += [([], []), ([], [])]
+        elif hasattr(mlp, "gate_up_proj"):
+            groups += [([mlp.gate_up_proj], [mlp.gate_up_proj.out_features // 2] * 2)]
+        else:
+            groups += [([mlp.gate_proj, mlp.up_proj], [mlp.gate_proj.out_features, mlp.up_proj.out_features])]
+        if not hasattr(mlp, "experts"):
+            groups.append(([mlp.down_proj], [mlp.down_proj.out_features]))
+        layers.append(groups)
     return layers, model.get_output_embeddings()
 
 
 def _products(model, kind):
     layers, head = _linears(model)
-    return [[kind(linears) for linears in groups] for groups in layers], kind([head])
+    made = [[kind(*group) if group[0] else None for group in groups] for groups in layers]
+    return made, kind([head], [head.out_features])
 
 
 def _pack(model):
     """The products of a model in the faster layout; None where it cannot be used."""
     layers, head = _linears(model)
-    every = [linear for groups in layers for linears in groups for linear in linears] + [head]
+    every = [linear for groups in layers for linears, _ in groups for linear in linears] + [head]
     plain = all(type(linear) is torch.nn.Linear and not linear._forward_hooks for linear in every)
     if not plain or any(linear.weight.device.type != "cpu" or linear.weight.dtype != torch.float32 for linear in every):
         return None
@@ -627,8 +723,11 @@ def _project(linears, adapted, x, real):
 
 
 def _rotate(x, cos, sin):
+    """Rotates the first part of each head, as wide as the angles, and keeps the rest."""
+    x, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
     half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+    turned = x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+    return turned if not rest.shape[-1] else torch.cat([turned, rest], dim=-1)
 
 
 # ---- sampling
@@ -828,7 +927,10 @@ class Decoding:
                 logits = scores[:, j]
             else:
                 z = self.adapter.latent(self.rows.embedding(previous), latents[:, j], read[:, j])
-                logits = (table[:, j] @ z[..., None])[..., 0].float() if short else self.rows.draft_logits(z)
+                if short:
+                    logits = self.rows.as_logits((table[:, j] @ z[..., None])[..., 0])
+                else:
+                    logits = self.rows.draft_logits(z)
             if self.sampling is None:
                 chosen = logits.argmax(dim=-1)
             else:

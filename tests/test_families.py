@@ -1,0 +1,111 @@
+"""Every family from a checkpoint to text: trained, decoded losslessly, exported, and read again; and on meshes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import jax
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import environment, read_lines
+from transformers import AutoModelForCausalLM
+
+import mtp_jax
+from mtp_jax.config_file import validate
+from mtp_jax.decoding.plan import parse_plan
+from mtp_jax.exporting.folder import write_export
+from mtp_jax.exporting.source import find_source
+from mtp_jax.model.base import open_base
+from mtp_jax.mtp.adapter_folder import open_adapter
+from mtp_jax.training.run import train
+
+PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14]]
+NEW = 24
+MESHES = [(2, 2, 2), (1, 4, 2)]
+# Between them these have each part that is spread over devices in a way of its own.
+QUICK = ("gemma3_text", "olmo2", "qwen3_moe")
+EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in families.USUAL]
+
+
+@pytest.fixture(scope="module")
+def run_of(models, small_tokenizer, make_tree, tmp_path_factory):
+    """A function from a family's name to its folder: `base`, the config of a run, and `run`; made once."""
+    root, made = tmp_path_factory.mktemp("families"), {}
+
+    def make(name):
+        if name not in made:
+            folder = made[name] = root / name
+            model = models.make(name, vocab_size=300, bos_token_id=0, eos_token_id=0, **families.USUAL[name])
+            model.save_pretrained(folder / "base")
+            small_tokenizer.save_pretrained(folder / "base")
+            tree = make_tree(folder / "run") | {
+                "objective": "multi_token",
+                "model": {"path": str(folder / "base"), "save_dtype": "float32"},
+                "lora": {"rank": 4},
+                "mtp": {"masks": 2, "target": "base_soft", "sampler": "residual"},
+                "evaluation": {"every": 100},
+                "checkpoints": {"every": 100},
+            }
+            tree["train"] = tree["train"] | {"steps": 3, "batch_size": 8, "anchors": 6, "learning_rate": 2e-2}
+            (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+            train(validate(tree, name))
+        return made[name]
+
+    return make
+
+
+def greedy(folder, prompt):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_trained_decoded_exported_and_read_again(name, run_of):
+    folder = run_of(name)
+    losses = [line["loss"] for line in read_lines(folder / "run" / "metrics.jsonl") if "loss" in line]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+    base, adapter = str(folder / "base"), str(folder / "run" / "adapter")
+    want = [greedy(base, prompt) for prompt in PROMPTS]
+    for plan in ("none", "linear:2", "quadratic:2"):
+        generator = mtp_jax.load(base, adapter=adapter, plan=parse_plan(plan), dtype="float32")
+        generator.stops = ()
+        assert [done.token_ids for done in generator.complete(PROMPTS, NEW, 2)] == want, plan
+
+    write_export(find_source(None, adapter, base), folder / "out", base="copy")
+    first, again = (open_adapter(where, open_base(base)).arrays for where in (adapter, str(folder / "out")))
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
+    model = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)
+    options = {"custom_generate": str(folder / "out"), "trust_remote_code": True, "eos_token_id": None}
+    for prompt, text in zip(PROMPTS, want, strict=True):
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, **options)
+        assert ids[0, len(prompt) :].tolist() == text
+
+
+def on_meshes(folders):
+    """What families_on_meshes.py prints of these folders."""
+    script, configs = Path(__file__).with_name("families_on_meshes.py"), [folder / "config.yaml" for folder in folders]
+    command = [sys.executable, script, json.dumps(MESHES), json.dumps(PROMPTS), *configs]
+    ended = subprocess.run(command, env=environment(8), capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("names", [QUICK, pytest.param(tuple(families.USUAL), marks=pytest.mark.slow)], ids=str)
+def test_meshes_change_no_loss_and_no_token(names, run_of):
+    folders = [run_of(name) for name in names]
+    found = on_meshes(folders)
+    for name, folder in zip(names, folders, strict=True):
+        losses = [line["loss"] for line in read_lines(folder / "run" / "metrics.jsonl") if "loss" in line]
+        for mesh, theirs in found[name]["losses"].items():
+            np.testing.assert_allclose(theirs, losses, rtol=2e-5, err_msg=f"{name} on {mesh}")
+        assert [len(text) for text in found[name]["texts"]] == [12, 12]
+        want = [greedy(folder / "base", prompt)[:12] for prompt in PROMPTS]
+        assert found[name]["texts"] == want, name
