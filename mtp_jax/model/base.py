@@ -24,7 +24,7 @@ from mtp_jax.model.folder import (
     read_geometry,
     read_slice,
 )
-from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.geometry import Geometry, text_config
 from mtp_jax.model.weights import Params, Weight, weight_table
 
 _SAMPLE_BYTES = 64 << 10
@@ -37,7 +37,7 @@ class Base:
     name: str  # as the user gave it
     folder: Path
     g: Geometry
-    config: dict[str, Any]  # its config.json
+    config: dict[str, Any]  # its config.json, or of several modalities that of the text part
     tensors: Tensors
 
     @cached_property
@@ -105,4 +105,4 @@ def open_base(name: str, revision: str | None = None) -> Base:
     """
     folder = find_folder(name, revision)
     g = read_geometry(folder)
-    return Base(name, folder, g, read_json(folder / "config.json"), open_tensors(folder, g))
+    return Base(name, folder, g, text_config(read_json(folder / "config.json")), open_tensors(folder, g))

@@ -26,6 +26,13 @@ from mtp_jax.model.weights import EMBED_KEY, UNEMBED_KEY, Params, Weight, weight
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 _BUFFERS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+# What stands in place of "model.", and the head's name: in a model saved without its head, and in the text part of
+# one of several modalities, as transformers and its older versions save it. Other parts are not read.
+_PREFIXES = (
+    ("", UNEMBED_KEY),
+    ("model.language_model.", UNEMBED_KEY),
+    ("language_model.model.", f"language_model.{UNEMBED_KEY}"),
+)
 # Files are mapped for one read at a time: pages of a map stay in memory until it is closed.
 _READ_BYTES = 4 << 20
 _LISTED = 40  # tensors that a message names
@@ -123,17 +130,21 @@ def open_tensors(folder: Path, g: Geometry) -> Tensors:
 
 def _match_table(table: tuple[Weight, ...], g: Geometry, stored: Mapping[str, Stored], folder: Path) -> dict[str, str]:
     renamed: dict[str, str] = {}
-    if EMBED_KEY not in stored and EMBED_KEY.removeprefix("model.") in stored:  # saved from the model without its head
-        renamed = {key: key.removeprefix("model.") for weight in table for key in weight.stored_keys()}
     unused = {key for key in stored if not _BUFFERS.search(key)}
-    if g.tied and UNEMBED_KEY in unused:  # a tied table is stored under either name, or twice alike
-        unused.remove(UNEMBED_KEY)
-        embed = renamed.get(EMBED_KEY, EMBED_KEY)
+    for prefix, unembed in () if EMBED_KEY in stored else _PREFIXES:
+        if EMBED_KEY.replace("model.", prefix, 1) in stored:
+            keys = [key for weight in table for key in weight.stored_keys()]
+            renamed = {key: key.replace("model.", prefix, 1) for key in keys} | {UNEMBED_KEY: unembed}
+            unused = {key for key in unused if key.startswith(prefix) or key == unembed}
+            break
+    embed, unembed = (renamed.get(key, key) for key in (EMBED_KEY, UNEMBED_KEY))
+    if g.tied and unembed in unused:  # a tied table is stored under either name, or twice alike
+        unused.remove(unembed)
         if embed not in stored:
-            renamed[EMBED_KEY] = UNEMBED_KEY
-        elif not _same(stored[embed], embed, stored[UNEMBED_KEY], UNEMBED_KEY):
+            renamed[EMBED_KEY] = unembed
+        elif not _same(stored[embed], embed, stored[unembed], unembed):
             raise UserError(
-                f"{folder}: config.json ties the embeddings, but {EMBED_KEY} and {UNEMBED_KEY} differ; "
+                f"{folder}: config.json ties the embeddings, but {embed} and {unembed} differ; "
                 "set tie_word_embeddings to false if both are meant."
             )
     missing, misshapen = [], []

@@ -34,8 +34,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
 CONFIG, TENSORS, FORMAT = "mtp_config.json", "adapter.safetensors", 1
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "olmo2", "phi3", "smollm3")
-FAMILIES += ("granite", "qwen3_moe", "mixtral")
+FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3_text", "gemma3"}
+FAMILIES |= {"olmo2", "phi3", "smollm3", "granite"}
 WITHOUT_WINDOWS = ("llama", "olmo2", "granite")  # whatever their config says
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # projections that read one input
 # Rows of a step, over the batch, that the default plan uses: a row costs time on a CPU, and hardly any on a GPU.
@@ -281,7 +281,7 @@ class Adapter:
 
 def _load_adapter(model, name):
     if model.config.model_type not in FAMILIES:
-        raise ValueError(f"{model.config.model_type!r} is not supported, only {', '.join(FAMILIES)}.")
+        raise ValueError(f"{model.config.model_type!r} is not supported, only {', '.join(sorted(FAMILIES))}.")
     name = str(name if name is not None else model.name_or_path)
     files = {}
     for file in (CONFIG, TENSORS):

@@ -1,6 +1,7 @@
 """Every family from a checkpoint to text: trained, decoded losslessly, exported, and read again; and on meshes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import environment, read_lines
-from transformers import AutoModelForCausalLM
+from conftest import TINY, environment, read_lines
+from exported import noisy_adapter
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import mtp_jax
 from mtp_jax.config_file import validate
@@ -87,6 +90,49 @@ def test_trained_decoded_exported_and_read_again(name, run_of):
     for prompt, text in zip(PROMPTS, want, strict=True):
         ids = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, **options)
         assert ids[0, len(prompt) :].tolist() == text
+
+
+@pytest.fixture(scope="module")
+def several_modalities(tmp_path_factory, small_tokenizer):
+    """A tiny Gemma 3 that reads images too."""
+    folder = tmp_path_factory.mktemp("gemma3") / "base"
+    text = {**TINY, **families.GEMMA3, "vocab_size": 300, "num_hidden_layers": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, weight.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    small_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_text_part_of_several_modalities(several_modalities, tmp_path):
+    base = str(several_modalities)
+    want = [greedy(base, prompt) for prompt in PROMPTS]
+    noisy_adapter(base, tmp_path / "adapter", 2)
+    generator = mtp_jax.load(base, adapter=str(tmp_path / "adapter"), plan=parse_plan("quadratic:2"), dtype="float32")
+    generator.stops = ()
+    assert [done.token_ids for done in generator.complete(PROMPTS, NEW, 2)] == want
+    write_export(find_source(None, str(tmp_path / "adapter"), base), tmp_path / "out", base="copy")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    options = {"custom_generate": str(tmp_path / "out"), "trust_remote_code": True, "eos_token_id": None}
+    ids = model.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=NEW, do_sample=False, **options)
+    assert ids[0, len(PROMPTS[0]) :].tolist() == want[0]
+
+
+def test_the_text_part_has_two_spellings(several_modalities, tmp_path):
+    shutil.copytree(several_modalities, tmp_path / "other")
+    file = tmp_path / "other" / "model.safetensors"
+    tensors = load_file(file)
+    assert all(key.startswith(("language_model.model.", "vision_tower.", "multi_modal_projector.")) for key in tensors)
+    other = {key.replace("language_model.model.", "model.language_model."): x for key, x in tensors.items()}
+    save_file(other, file, metadata={"format": "pt"})
+    first, second = (open_base(str(folder)).load() for folder in (several_modalities, tmp_path / "other"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
 
 
 def on_meshes(folders):
