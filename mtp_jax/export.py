@@ -82,6 +82,11 @@ def _check_options(a: argparse.Namespace, source: "Source") -> None:
 
         check_engine(source, a.engine)
         return
+    if a.peft and source.base.g.fused:
+        raise UserError(
+            f"--peft: {source.base.g.family} stores q, k and v as one matrix, gate and up as another: PEFT has a "
+            "pair for each, and this adapter several. Leave it out."
+        )
     if source.adapter is not None:
         if a.base == "reference" and source.name.startswith("bundled:"):
             raise UserError(f"--base reference: transformers does not know {source.name}; give --base copy.")

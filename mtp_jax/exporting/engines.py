@@ -46,6 +46,11 @@ def _misfits(source: Source, engine: str) -> Iterator[str]:
         yield "this run trained a whole model, which any engine serves as it is; export it without --engine"
         return
     shape, g = source.adapter.shape, source.base.g
+    if not g.plain:
+        yield (
+            f"engines were checked for the layers of llama, mistral, qwen2 and qwen3, not of {g.family}; "
+            "serve it with transformers (export without --engine)"
+        )
     if not shape.gated:
         yield "the adapter was trained without its gate and changes the base's output; train with lora.gated: true"
     if not shape.alpha.is_integer():

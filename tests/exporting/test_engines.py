@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import families
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,6 +168,17 @@ def test_windows_are_refused_for_vllm(bases, tmp_path):
     noisy_adapter(bases("windowed"), tmp_path / "adapter", M, sampler="none", rows=Noise(0, V))
     with pytest.raises(UserError, match="sliding windows are refused there; serve it with --engine sglang"):
         check_engine(find_source(None, str(tmp_path / "adapter"), None), "vllm")
+
+
+def test_other_families_are_served_by_transformers(models, command, small_tokenizer, tmp_path):
+    models.make("phi3", vocab_size=V, **families.PHI3).save_pretrained(tmp_path / "base")
+    small_tokenizer.save_pretrained(tmp_path / "base")
+    noisy_adapter(tmp_path / "base", tmp_path / "adapter", M, sampler="none", rows=Noise(0, V))
+    for engine in ENGINES:
+        with pytest.raises(UserError, match="not of phi3; serve it with transformers"):
+            check_engine(find_source(None, str(tmp_path / "adapter"), None), engine)
+    done = command("export", "--adapter", tmp_path / "adapter", "--peft", "--out", tmp_path / "out")
+    assert done.code == 2 and len(done.errors) == 1 and "phi3 stores q, k and v as one matrix" in done.errors[0]
 
 
 def test_the_command_says_how_to_serve_and_mixes_with_no_other_form(command, small_folder, tmp_path):
