@@ -28,6 +28,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     shortlist: int | None = 256,
     generation_config: bool = True,
+    weights: str = "stored",
 ) -> Generator:
     """A generator for a Hugging Face folder, a hub name or bundled:NAME.
 
@@ -39,11 +40,13 @@ def load(
         shortlist: candidates of each mask row that the sampler head scores; None for all tokens.
         generation_config: compute the processors that the base's `generation_config.json` asks for (`Processors`), as
             transformers does; how it samples is then in `generator.settings.sampling`.
+        weights: "int8" quantises the base's projections while they are loaded. The output is then that of the
+            quantised model.
     Raises:
         UserError: an unusable model or adapter, an adapter without gate, which changes the base's output, or a plan
             that the adapter has too few masks for.
     """
-    base = open_base(model)
+    base = open_base(model, weights=weights)
     found = None if adapter is None else open_adapter(adapter, base)
     if found is not None and not found.shape.gated:
         raise UserError(f"{adapter}: was trained without gate (lora.gated: false) and cannot decode losslessly.")

@@ -42,6 +42,7 @@ class Model(_Section):
     geometry: str | None = None  # preflight: a config.json to read in place of the one of `path`
     adapter: str | None = None  # multi_token: an adapter to start from, in place of a fresh one
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # losses, norms and softmax are float32 always
+    weights: Literal["stored", "int8"] = "stored"  # int8: of a frozen base's projections, a scale per output channel
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the folder a finished run writes
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # of real rows in training; auto by platform
@@ -239,6 +240,11 @@ def _noise_rows_stand_alone(c: Any) -> Iterator[str]:
         yield f"mtp.noise: low={c.mtp.noise.low} should be below high={c.mtp.noise.high}; high itself is not drawn."
 
 
+def _quantised_is_frozen(c: Any) -> Iterator[str]:
+    if c.model.weights == "int8" and c.objective == "next_token":
+        yield "model.weights: int8 is for a frozen base, and next_token trains it: set it to stored."
+
+
 def _sampling_has_temperature(c: Any) -> Iterator[str]:
     wanted = c.data.continuations
     if wanted is None or wanted.temperature is not None:
@@ -281,6 +287,7 @@ RULES = (
     _one_model,
     _objective_fits,
     _noise_rows_stand_alone,
+    _quantised_is_frozen,
     _sampling_has_temperature,
     _parts_divide,
     _steps_after_warmup,

@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a Hugging Face folder, a hub name, or bundled:NAME")
     parser.add_argument("--adapter", help="evaluate this adapter: a run's folder, an adapter folder, bundled:NAME")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--weights", choices=["stored", "int8"], default="stored", help="int8: the quantised base")
 
     suites = parser.add_argument_group("on suites")
     suites.add_argument(
@@ -102,6 +103,7 @@ def _on_suites(a: argparse.Namespace) -> None:
             rounds=a.rounds,
             seed=a.seed,
             dtype=a.dtype,
+            weights=a.weights,
             shortlist=a.shortlist or None,
             run_code=a.run_code,
             estimate=a.estimate,
@@ -134,7 +136,7 @@ def _on_text(a: argparse.Namespace) -> None:
     from mtp_jax.mtp.adapter_folder import open_adapter
     from mtp_jax.training import report
 
-    base, dtype = open_base(a.model), jnp.dtype(a.dtype)
+    base, dtype = open_base(a.model, weights=a.weights), jnp.dtype(a.dtype)
     adapter = None if a.adapter is None else open_adapter(a.adapter, base)
     of = report.Sequences(report.sequence_length(base, adapter, a.sequence_length), a.batch_size, a.batches)
     held = report.find_held_out(base, a.text, a.separator, a.held_out)

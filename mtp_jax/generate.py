@@ -46,6 +46,7 @@ def main() -> None:
         "how it samples (base), or nothing",
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on CPU and bfloat16 elsewhere")
+    parser.add_argument("--weights", choices=["stored", "int8"], default="stored", help="int8: the quantised base")
     parser.add_argument("--batch-size", type=int, default=1, metavar="B")
     parser.add_argument(
         "--shortlist", type=int, default=256, metavar="C", help="candidates of a draft; 0 for all tokens"
@@ -65,7 +66,10 @@ def main() -> None:
     chosen = {name: value for name in ("temperature", "top_k", "top_p") if (value := getattr(a, name)) is not None}
     sampling = Sampling(**chosen, seed=a.seed) if a.temperature else None
     asked, shortlist = a.generation_config != "none", a.shortlist or None
-    generator = load(a.model, adapter=a.adapter, plan=plan, dtype=a.dtype, shortlist=shortlist, generation_config=asked)
+    generator = load(
+        a.model, adapter=a.adapter, plan=plan, dtype=a.dtype, shortlist=shortlist, generation_config=asked,
+        weights=a.weights,
+    )  # fmt: skip
     if a.generation_config == "base":
         sampling = _as_the_base_samples(generator, chosen, a.seed)
     if a.chat:

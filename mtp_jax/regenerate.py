@@ -38,7 +38,7 @@ def main() -> None:
     sources, _ = read_sources(config.data, continuations=False)
     weights = [source.weight for source in config.data.sources]
     assert config.model.path is not None
-    generator = load(config.model.path, dtype=config.model.compute_dtype)
+    generator = load(config.model.path, dtype=config.model.compute_dtype, weights=config.model.weights)
     tokenizer, context, seed = generator.tokenizer, generator.g.max_positions, config.seed
     prompts = by_length(list(choose_prompts(sources, weights, tokenizer, wanted, context, seed)))
     out, console = expanded(wanted.path), Console(stderr=True)

@@ -29,7 +29,9 @@ mtp_jax::Numbers numbers(Span of) { return {of.begin(), of.size()}; }
 bool halves(const ffi::AnyBuffer& of) { return of.element_type() != ffi::F32; }
 
 mtp_jax::Panels panels_of(const ffi::AnyBuffer& w, mtp_jax::Numbers ends) {
-  return {w.untyped_data(), halves(w), w.dimensions()[1], w.dimensions()[0], ends};
+  using mtp_jax::Kind;
+  Kind kind = w.element_type() == ffi::S8 ? Kind::BYTES : halves(w) ? Kind::HALVES : Kind::FLOATS;
+  return {w.untyped_data(), kind, w.dimensions()[1], w.dimensions()[0], ends};
 }
 
 ffi::Error Product(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer w, ffi::Result<Matrix> y, Span ends) {
@@ -42,7 +44,8 @@ ffi::Error Product(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer w, ffi::Result
   return ffi::Error::Success();
 }
 
-// `args` are for each layer its norms' scales; for each group its panels, bias, a and b; and the cache's keys and values,
+// `args` are for each layer its norms' scales; for each group its panels, their scales where they are
+// whole numbers, bias, a and b; and the cache's keys and values,
 // which `rets` alias.
 ffi::Error Layers(ffi::ThreadPool pool, Ids tokens, ffi::AnyBuffer embedding, Matrix masks, Heads cosine, Heads sine,
                   Bounds low, Bounds high, Marks seen, Ints start, Vector final_scale, ffi::RemainingArgs args,
@@ -73,6 +76,7 @@ ffi::Error Layers(ffi::ThreadPool pool, Ids tokens, ffi::AnyBuffer embedding, Ma
       mtp_jax::Group& group = layer.groups[j];
       std::string number = std::to_string(j);
       group.w = panels_of(any(), attribute("ends" + number));
+      if (group.w.kind == mtp_jax::Kind::BYTES) group.w.scale = floats();
       if (with_bias[j]) group.bias = floats();
       if (attribute("inner_ends" + number).size()) {
         group.a = panels_of(any(), attribute("inner_ends" + number));

@@ -51,7 +51,8 @@ class CpuForward:
         kernels, biases, loras = [], [], []
         for names in GROUPS.values():
             parts = [params.pop(name) for name in names]
-            kernels.append(pack(*(part["kernel"] for part in parts)))
+            scale = jnp.concatenate([part["kernel_scale"] for part in parts]) if self.model.g.int8 else None
+            kernels.append(pack(*(part["kernel"] for part in parts), scale=scale))
             biases.append(jnp.concatenate([part["bias"] for part in parts]) if "bias" in parts[0] else None)
             adapted = lora is not None and any(name in lora["layers"] for name in names)
             loras.append(_panel_lora(*lora_parts(self.model, lora, names, layer)) if adapted and lora else None)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from mtp_jax.files import cache_folder, scratch_folder
 from mtp_jax.model.attention import LayerCache
@@ -28,13 +28,14 @@ _CALLS = ("product", "layers", "largest")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["panels"], meta_fields=["ends"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["panels", "scale"], meta_fields=["ends"])
 @dataclass(frozen=True)
 class Panels:
     """A matrix, or several side by side, as the C++ product takes it."""
 
     panels: Any  # [P, in, W]: W columns each; a matrix begins one of its own, and its last is filled up
     ends: tuple[int, ...]  # the columns at which the matrices end
+    scale: Any = None  # of each column, where numbers are whole
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["offsets"])
@@ -56,13 +57,16 @@ class PanelLayer(NamedTuple):
     loras: tuple[PanelLora | None, ...]
 
 
-def pack(*matrices: Float[Array, "in _"]) -> Panels:
-    """Matrices side by side, in panels."""
+def pack(*matrices: Num[Array, "in _"], scale: Float[Array, " _"] | None = None) -> Panels:
+    """Matrices side by side, in panels; whole numbers with the scales of all their columns."""
     W = library().width
     filled = [jnp.pad(matrix, ((0, 0), (0, -matrix.shape[1] % W))) for matrix in matrices]
     panels = [matrix.reshape(len(matrix), -1, W).swapaxes(0, 1) for matrix in filled]
     ends = np.cumsum([matrix.shape[1] for matrix in matrices]).tolist()
-    joined = narrow(jnp.concatenate(panels))
+    joined = jnp.concatenate(panels)
+    if scale is not None:
+        return Panels(joined, tuple(ends), scale)
+    joined = narrow(joined)
     if joined.dtype == jnp.bfloat16:  # in pairs, see products.h
         joined = joined.reshape(*joined.shape[:2], 2, W // 2).swapaxes(2, 3).reshape(joined.shape)
     return Panels(joined, tuple(ends))
@@ -78,7 +82,8 @@ def times(x: Float[Array, "... in"], w: Panels) -> Float[Array, "... out"]:
     """x W."""
     out = jax.ShapeDtypeStruct((x.size // x.shape[-1], w.ends[-1]), jnp.float32)
     call = jax.ffi.ffi_call("mtp_jax_product", out)
-    return call(x.reshape(-1, x.shape[-1]), w.panels, ends=_numbers(w.ends)).reshape(*x.shape[:-1], -1)
+    y = call(x.reshape(-1, x.shape[-1]), w.panels, ends=_numbers(w.ends)).reshape(*x.shape[:-1], -1)
+    return y if w.scale is None else y * w.scale
 
 
 def largest(x: Float[Array, "... V"], count: int) -> Int[Array, "... C"]:
@@ -118,7 +123,7 @@ def layers(
     for layer, of_layer in zip(weights, cache, strict=True):
         arguments += layer.norms
         for kernel, bias, lora in zip(layer.kernels, layer.biases, layer.loras, strict=True):
-            arguments += [kernel.panels, *([] if bias is None else [bias])]
+            arguments += [kernel.panels, *(x for x in (kernel.scale, bias) if x is not None)]
             arguments += [] if lora is None else [lora.a.panels, lora.b.panels]
         arguments += of_layer
         for half in (2, 1):

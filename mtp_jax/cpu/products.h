@@ -26,11 +26,15 @@ inline void load_row(const Half* from, Lanes (&v)[VECTORS]) {
   v[1] = (Lanes)(pairs & 0xFFFF0000u);
 }
 
-// R rows of x, X apart, by a panel of K rows into `width` columns of y. Of the panel's rows every `every`-th, from number
+inline void load_row(const int8_t* from, Lanes (&v)[VECTORS]) {
+  for (int c = 0; c < VECTORS; ++c) v[c] = load(from + c * LANES);
+}
+
+// R rows of x, X apart, by a panel of K rows, with a scale for each column or none, into `width` columns of y. Of the panel's rows every `every`-th, from number
 // `fetch` on, lets what lies `ahead` of it be brought into cache, as long as it lies before `until`.
 template <int R, bool ADD, typename Number>
 void panel(const float* x, int64_t X, const Number* w, int64_t K, float* y, int64_t stride, int64_t width, int64_t ahead,
-           const Number* until, int fetch, int every) {
+           const Number* until, int fetch, int every, const float* scale) {
   Lanes acc[R][VECTORS] = {};
   for (int64_t k = 0; k < K; ++k, w += WIDTH) {
     if (fetch-- == 0) {
@@ -47,8 +51,10 @@ void panel(const float* x, int64_t X, const Number* w, int64_t K, float* y, int6
     float* out = y + r * stride;
     float total[WIDTH];
     __builtin_memcpy(total, acc[r], sizeof total);
-    for (int64_t n = 0; n < width; n += LANES)
-      store(ADD ? load(out + n, width - n) + load(total + n) : load(total + n), out + n, width - n);
+    for (int64_t n = 0; n < width; n += LANES) {
+      Lanes y = scale ? load(total + n) * load(scale + n, width - n) : load(total + n);
+      store(ADD ? load(out + n, width - n) + y : y, out + n, width - n);
+    }
   }
 }
 
@@ -76,12 +82,15 @@ struct Input {
   int64_t rows = 0, stride = 0;
 };
 
+enum class Kind { FLOATS, HALVES, BYTES };
+
 // A matrix of K rows in panels. It joins matrices that end at columns `ends`, each of which begins a panel of its own.
 struct Panels {
   const void* w = nullptr;
-  bool halves = false;  // bfloat16 numbers, not float
+  Kind kind = Kind::FLOATS;
   int64_t K = 0, count = 0;
   Numbers ends;
+  const float* scale = nullptr;  // of each column, where numbers are whole
 
   struct Place {
     int64_t column, width;
@@ -100,8 +109,10 @@ struct Panels {
   // x by panel p into y, whose rows are N apart. Panels up to `last` are taken after it.
   template <bool ADD>
   void times(Input in, int64_t p, const Place& at, int64_t last, float* y, int64_t N) const {
-    if (halves)
+    if (kind == Kind::HALVES)
       times<ADD>(static_cast<const Half*>(w), in, p, at, last, y, N);
+    else if (kind == Kind::BYTES)
+      times<ADD>(static_cast<const int8_t*>(w), in, p, at, last, y, N);
     else
       times<ADD>(static_cast<const float*>(w), in, p, at, last, y, N);
   }
@@ -115,7 +126,7 @@ struct Panels {
     for (int64_t g = 0, row = 0; g < groups; ++g) {
       int64_t rows = (in.rows - row + groups - g - 1) / (groups - g);
       panel_by<MOST, ADD>(rows, in.x + row * in.stride, in.stride, first, K, y + row * N + at.column, N, at.width, ahead,
-                          until, static_cast<int>(g), static_cast<int>(groups));
+                          until, static_cast<int>(g), static_cast<int>(groups), scale ? scale + at.column : nullptr);
       row += rows;
     }
   }

@@ -5,6 +5,10 @@
 #include <cmath>
 #include <cstdint>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace mtp_jax {
 
 // Registers: accumulators for MOST rows by VECTORS of a panel, or for FEW rows by COLUMNS keys, and what they meet.
@@ -28,6 +32,20 @@ inline Lanes load(const float* from) {
   Lanes v;
   __builtin_memcpy(&v, from, sizeof v);
   return v;
+}
+
+// Whole numbers. Compilers widen vectors of them one number at a time unless they are told the instruction.
+inline Lanes load(const int8_t* from) {
+  typedef int32_t Whole __attribute__((vector_size(LANES * 4)));
+#if defined(__AVX512F__)
+  auto wide = (Whole)_mm512_maskz_cvtepi8_epi32(0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+  auto wide = (Whole)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  Whole wide;
+  for (int i = 0; i < LANES; ++i) wide[i] = from[i];
+#endif
+  return __builtin_convertvector(wide, Lanes);
 }
 
 // The first `count` numbers, of which a vector takes as many as it has; a length that the compiler knows makes no call.

@@ -46,6 +46,7 @@ class Wanted:
     rounds: int
     seed: int
     dtype: str
+    weights: str
     shortlist: int | None
     run_code: bool
     estimate: bool
@@ -59,7 +60,7 @@ def evaluate(wanted: Wanted) -> Results:
     """
     names, out = parse_names(wanted.plans), expanded(wanted.out)
     _check_folder(out)
-    base = open_base(wanted.model)
+    base = open_base(wanted.model, weights=wanted.weights)
     adapter = None if wanted.adapter is None else open_adapter(wanted.adapter, base)
     if adapter is not None and not adapter.shape.gated:
         raise UserError(f"{wanted.adapter}: was trained without gate (lora.gated: false) and cannot decode losslessly.")

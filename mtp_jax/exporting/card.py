@@ -146,12 +146,18 @@ def _contents(source: Source, base: str, config: dict[str, Any], peft: bool) -> 
         if base == "copy"
         else f"no base weights: load {_base_link(source, source.hub_name or Path(source.name).name)}{revision}"
     )
+    held = ""
+    if source.base.g.int8:
+        held = (
+            ". The adapter was trained on these weights held as int8, with a scale for each output channel (`weights: "
+            "int8` here); transformers drafts with it and verifies by the weights as they are"
+        )
     rows = "mask embeddings"
     if "noise" in config:
         rows = f"mask rows of random tokens from {config['noise']['low']} to below {config['noise']['high']}"
     lines = [
         "## What is here\n",
-        f"- {weights}; its fingerprint is `{pointer['fingerprint'][:16]}`",
+        f"- {weights}; its fingerprint is `{pointer['fingerprint'][:16]}`" + held,
         f"- `adapter.safetensors`, `mtp_config.json`: {config['masks']} {rows}, LoRA of rank {config['rank']} "
         f"and alpha {config['alpha']:g} on {', '.join(config['targets'])}, sampler head `{config['sampler']}`"
         + (f", drafts of {config['vocabulary']:,} frequent tokens" if "vocabulary" in config else ""),

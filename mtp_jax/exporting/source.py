@@ -44,16 +44,20 @@ def find_source(run: str | None, adapter: str | None, model: str | None) -> Sour
     folder = find_adapter(adapter)
     pointer = read_json(files_of(folder)[0]).get("base") or {}
     name, revision = str(pointer.get("name", "")), pointer.get("revision")
-    base = open_base(str(_base_folder(folder, name, revision, model)))
+    where, weights = _base_folder(folder, name, revision, model), str(pointer.get("weights", "stored"))
+    base = open_base(str(where), weights=weights)
     if revision is None and base.folder.parent.name == "snapshots":  # where the hub's library keeps a revision
         revision = base.folder.name
     return Source(base, open_adapter(str(folder), base), name, revision)
 
 
+_OF_BASE = ("fingerprint", "values", "weights")
+
+
 def pointer_of(source: Source) -> dict[str, str]:
     """What an adapter's config says of its base."""
     assert source.adapter is not None
-    known = {key: value for key, value in source.adapter.config["base"].items() if key in ("fingerprint", "values")}
+    known = {key: value for key, value in source.adapter.config["base"].items() if key in _OF_BASE}
     return {"name": source.name, **known, **({} if source.revision is None else {"revision": source.revision})}
 
 

@@ -63,11 +63,13 @@ def _params(g: Geometry, dtype: DTypeLike, mesh: jax.sharding.Mesh) -> Params:
     for weight in weight_table(g):
         if weight.stacked:
             shape = weight.shape[1:]
-            leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.sharding_of(mesh, weight.axes[1:], shape))
+            leaf = jax.ShapeDtypeStruct(
+                shape, weight.dtype(dtype), sharding=sharding.sharding_of(mesh, weight.axes[1:], shape)
+            )
             items += [((f"layer_{i}", *weight.path[1:]), leaf) for i in range(g.L)]
         else:
             placed = sharding.weight_sharding(mesh, weight)
-            items.append((weight.path, jax.ShapeDtypeStruct(weight.shape, dtype, sharding=placed)))
+            items.append((weight.path, jax.ShapeDtypeStruct(weight.shape, weight.dtype(dtype), sharding=placed)))
     return unflatten_dict(dict(items))
 
 

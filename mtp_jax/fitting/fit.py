@@ -4,7 +4,7 @@ import contextlib
 import re
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +94,10 @@ def find_geometry(config: Config) -> Geometry:
     Raises:
         UserError: no config.json there, or one of a model that this decoder does not compute.
     """
+    return replace(_stated_geometry(config), int8=config.model.weights == "int8")
+
+
+def _stated_geometry(config: Config) -> Geometry:
     model = config.model
     if model.scratch is not None:
         return Geometry.from_config(model.scratch.config, "model.scratch.config")

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,14 @@ class Base:
         file = self.folder / "generation_config.json"
         return read_json(file) if file.is_file() else self.config
 
+    @property
+    def weights(self) -> str:
+        """How projections are held: "stored" as they are, or "int8"."""
+        return "int8" if self.g.int8 else "stored"
+
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of names, shapes and dtypes of all tensors and of the first and last rows of each.
+        """A digest of names, shapes and dtypes of all tensors, of the first and last rows of each, and of int8.
 
         It does not depend on how the tensors are spread over files, and reads a bounded part of each.
         """
@@ -79,7 +84,7 @@ class Base:
         return self._digest({key: self.tensors.renamed.get(key, key) for key in keys}, np.dtype(ml_dtypes.bfloat16))
 
     def _digest(self, names: dict[str, str], dtype: np.dtype | None = None) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"int8\n" if self.g.int8 else b"")
         for key, name in sorted(names.items()):
             tensor = self.tensors.stored[name]
             kept = dtype or tensor.dtype
@@ -97,12 +102,15 @@ class Base:
         return load_params(self.tensors, self.g, dtype, shardings)
 
 
-def open_base(name: str, revision: str | None = None) -> Base:
+def open_base(name: str, revision: str | None = None, weights: str = "stored") -> Base:
     """Open a Hugging Face folder, a hub name or bundled:NAME, and check that its tensors are those its config needs.
 
+    Args:
+        weights: "stored", or "int8" to quantise projections while they are loaded: then this is another model, whose
+            own output it is that decoding gives.
     Raises:
         UserError: nothing of that name, an unsupported architecture, missing, unexpected or misshapen tensors.
     """
     folder = find_folder(name, revision)
-    g = read_geometry(folder)
+    g = replace(read_geometry(folder), int8=weights == "int8")
     return Base(name, folder, g, text_config(read_json(folder / "config.json")), open_tensors(folder, g))

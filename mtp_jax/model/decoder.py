@@ -31,7 +31,7 @@ from mtp_jax.model.experts import Mixture
 from mtp_jax.model.geometry import Geometry, Kind
 from mtp_jax.model.kernels import flash, misfit
 from mtp_jax.model.mask_kernel import Tiling, attend_blocks_fused
-from mtp_jax.model.projection import Matrices, Projection
+from mtp_jax.model.projection import Matrices, Projection, product
 from mtp_jax.model.rope import Rope, angles, rotate
 from mtp_jax.sharding import parts_of
 
@@ -129,15 +129,15 @@ class Layer(nn.Module):
             self.attention_out_norm, self.mlp_out_norm = RMSNorm(g), RMSNorm(g)
         if g.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(g), RMSNorm(g)
-        self.q = Projection(g.N * g.H, g.qkv_bias, (None, "heads"))
-        self.k = Projection(g.K * g.H, g.qkv_bias, (None, "kv_heads"))
-        self.v = Projection(g.K * g.H, g.qkv_bias, (None, "kv_heads"))
-        self.o = Projection(g.D, g.o_bias, ("heads", None))
+        self.q = Projection(g.N * g.H, g.qkv_bias, g.int8, (None, "heads"))
+        self.k = Projection(g.K * g.H, g.qkv_bias, g.int8, (None, "kv_heads"))
+        self.v = Projection(g.K * g.H, g.qkv_bias, g.int8, (None, "kv_heads"))
+        self.o = Projection(g.D, g.o_bias, g.int8, ("heads", None))
         if g.experts:
             self.mixture = Mixture(g)
             return
-        self.gate, self.up = (Projection(g.F, g.mlp_bias, (None, "mlp")) for _ in range(2))
-        self.down = Projection(g.D, g.mlp_bias, ("mlp", None))
+        self.gate, self.up = (Projection(g.F, g.mlp_bias, g.int8, (None, "mlp")) for _ in range(2))
+        self.down = Projection(g.D, g.mlp_bias, g.int8, ("mlp", None))
 
     def real(
         self,
@@ -175,8 +175,9 @@ class Layer(nn.Module):
 
         Args:
             visible: which slots of the cache a row sees.
-            fused: matrices by group of projections that read one input: `kernel` (and `bias`) of the group, where they
-                are not left to the projections, and of its LoRA, which mask rows alone meet, `a` of all and each `b`.
+            fused: matrices by group of projections that read one input: `kernel` (and `kernel_scale`, `bias`) of the
+                group, where they are not left to the projections, and of its LoRA, which mask rows alone meet, `a` of
+                all and each `b`.
             real: how many rows are real.
             first: nothing is in the cache yet.
         """
@@ -185,7 +186,7 @@ class Layer(nn.Module):
         def project(group: str, names: tuple[str, ...], x: Array) -> Array:
             joined = fused.get(group, {})
             if "kernel" in joined:
-                y = x @ joined["kernel"]
+                y = product(x, joined["kernel"], joined.get("kernel_scale"))
             else:
                 y = jnp.concatenate([getattr(self, name)(x, gather=False) for name in names], axis=-1)
             if "bias" in joined:

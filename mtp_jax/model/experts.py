@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from mtp_jax.model.activation import ACTIVATIONS
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.projection import Projection
 from mtp_jax.sharding import parts_of, spec_of
 
-Weights = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]  # gate, up, down
+Matrix = tuple[Num[Array, "E _ _"], Float[Array, "E _"] | None]  # with the scales of whole numbers
+Weights = tuple[Matrix, Matrix, Matrix]  # gate, up, down
 
 
 class Mixture(nn.Module):
@@ -48,10 +49,15 @@ class _ExpertWeights(nn.Module):
     def __call__(self, dtype: DTypeLike) -> Weights:
         g = self.g
         assert g.experts is not None
-        wide, narrow = (g.experts.total, g.D, g.F), (g.experts.total, g.F, g.D)
-        zeros = nn.initializers.zeros
-        gate, up = (self.param(name, zeros, wide).astype(dtype) for name in ("gate", "up"))
-        return gate, up, self.param("down", zeros, narrow).astype(dtype)
+        E, zeros = g.experts.total, nn.initializers.zeros
+
+        def matrix(name: str, rows: int, columns: int) -> Matrix:
+            values = self.param(name, zeros, (E, rows, columns))
+            if not g.int8:
+                return values.astype(dtype), None
+            return values, self.param(f"{name}_scale", zeros, (E, columns))
+
+        return matrix("gate", g.D, g.F), matrix("up", g.D, g.F), matrix("down", g.F, g.D)
 
 
 def _over_devices(
@@ -70,20 +76,25 @@ def _over_devices(
     batch = _axes_of("batch", x.shape[0])
     shared = tuple(axis for axis in batch if axis in experts)  # axes whose devices have rows of their own, not experts
 
-    def here(x: Array, chosen: Array, share: Array, gate: Array, up: Array, down: Array) -> Array:
+    def here(x: Array, chosen: Array, share: Array, weights: Weights) -> Array:
         if shared:
             x, chosen, share = (jax.lax.all_gather(y, shared, tiled=True) for y in (x, chosen, share))
-        first = jax.lax.axis_index(experts) * len(gate) if experts else jnp.int32(0)
-        y = _mixed(x, chosen, share, (gate, up, down), first, g)
+        first = jax.lax.axis_index(experts) * len(weights[0][0]) if experts else jnp.int32(0)
+        y = _mixed(x, chosen, share, weights, first, g)
         for axis in (*experts, *width):
             y = jax.lax.psum_scatter(y, axis, tiled=True) if axis in shared else jax.lax.psum(y, axis)
         return y
 
     of_rows = PartitionSpec(batch or None, *[None] * (x.ndim - 1))
     each, part = experts or None, width or None
-    wide, narrow = PartitionSpec(each, None, part), PartitionSpec(each, part, None)
-    run = jax.shard_map(here, in_specs=(of_rows,) * 3 + (wide, wide, narrow), out_specs=of_rows, check_vma=False)
-    return run(x, chosen, share, *weights)
+    wide = PartitionSpec(each, None, part), PartitionSpec(each, part)
+    narrow = PartitionSpec(each, part, None), PartitionSpec(each, None)
+    of_weights = tuple(
+        (spec, None if scale is None else of_scale)
+        for (spec, of_scale), (_, scale) in zip((wide, wide, narrow), weights, strict=True)
+    )
+    run = jax.shard_map(here, in_specs=(*(of_rows,) * 3, of_weights), out_specs=of_rows, check_vma=False)
+    return run(x, chosen, share, weights)
 
 
 def _axes_of(name: str, size: int) -> tuple[str, ...]:
@@ -103,16 +114,22 @@ def _mixed(
 ) -> Float[Array, "B *rows D"]:
     """What experts `first`, first + 1, ... add to each row; 0 for a row that chose none of them."""
     gate, up, down = weights
-    k, count = chosen.shape[-1], len(gate)
+    k, count = chosen.shape[-1], len(gate[0])
     flat, rows = x.reshape(-1, x.shape[-1]), math.prod(x.shape[:-1])
     # Rows of one expert side by side, those of experts elsewhere behind them.
     expert = chosen.reshape(-1) - first
     expert = jnp.where((expert >= 0) & (expert < count), expert, count)
     order = jnp.argsort(expert)
     sizes = jnp.bincount(expert, length=count + 1)[:count].astype(jnp.int32)
+    expert = expert[order]
+
+    def times(h: Float[Array, "n in"], matrix: Matrix) -> Float[Array, "n out"]:
+        values, scale = matrix
+        y = jax.lax.ragged_dot(h, values.astype(h.dtype), sizes)
+        return y if scale is None else (y * scale[jnp.minimum(expert, count - 1)]).astype(h.dtype)
+
     h = flat[order // k]
-    h = ACTIVATIONS[g.activation](jax.lax.ragged_dot(h, gate, sizes)) * jax.lax.ragged_dot(h, up, sizes)
-    y = jax.lax.ragged_dot(h, down, sizes)
+    y = times(ACTIVATIONS[g.activation](times(h, gate)) * times(h, up), down)
     y = jnp.where((jnp.arange(rows * k) < sizes.sum())[:, None], y, 0)
     y = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(rows, k, -1)
     return jnp.einsum("rkd,rk->rd", y, share.reshape(rows, k).astype(y.dtype)).reshape(x.shape)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from mtp_jax.errors import UserError
 from mtp_jax.files import read_json
 from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.int8 import quantise
 from mtp_jax.model.weights import EMBED_KEY, UNEMBED_KEY, Params, Weight, weight_table
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -222,7 +223,7 @@ def load_params(
     items = []
     for weight in table:
         keys = [renamed.get(key, key) for key in weight.stored_keys()]
-        kept = np.dtype(dtype or jnp.result_type(*{stored[key].dtype for key in keys}))
+        kept = weight.dtype(dtype or jnp.result_type(*{stored[key].dtype for key in keys}))
 
         read = functools.partial(_part, weight, [(stored[key], key) for key in keys], kept, {})
         sharding = shardings(weight) if shardings else one_device
@@ -245,11 +246,24 @@ def _part(
         block = read[spans] = np.empty([len(span) for span in spans], dtype)
         inner = [slice(span.start, span.stop) for span in spans[weight.stacked :]]
         if weight.part is not None:  # of the stored rows, which a transposed weight has last
-            axis, begin = -1 if weight.transposed else 0, weight.part[0]
+            begin = weight.part[0]
+            axis = -1 if weight.transposed else 0
             inner[axis] = slice(begin + inner[axis].start, begin + inner[axis].stop)
         counts = weight.shape[: weight.stacked]
         for slot in itertools.product(*map(range, block.shape[: weight.stacked])):
             at = [span.start + i for span, i in zip(spans, slot, strict=False)]
             stored, key = sources[int(np.ravel_multi_index(at, counts)) if at else 0]
-            _read_into(block[slot], stored, key, tuple(inner), weight.transposed)
+            if weight.quantised:
+                block[slot] = _quantised(stored, key, inner, weight.quantised)
+            else:
+                _read_into(block[slot], stored, key, tuple(inner), weight.transposed)
     return read[spans]
+
+
+def _quantised(stored: Stored, key: str, index: list[slice], kind: str) -> np.ndarray:
+    """A part of a matrix [in, out] as whole numbers, or of the scales of its columns, which need all of each column."""
+    columns = index[-1]
+    whole = np.empty((stored.shape[1], columns.stop - columns.start), np.float32)
+    _read_into(whole, stored, key, (slice(0, len(whole)), columns), transposed=True)
+    values, scale = quantise(whole)
+    return scale if kind == "scale" else values[index[0]]

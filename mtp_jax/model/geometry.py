@@ -65,6 +65,7 @@ class Geometry:
     logit_cap: float | None = None
     fused: bool = False  # q, k and v are stored as one matrix, gate and up as another
     experts: Experts | None = None
+    int8: bool = False  # projections are held as whole numbers with a scale for each output channel
 
     @property
     def kinds(self) -> tuple[list[Kind], list[int]]:
@@ -83,7 +84,7 @@ class Geometry:
         ropes = {kind.rope for kind in self.layers}
         usual = Geometry(
             **{name: getattr(self, name) for name in _SIZES}, qkv_bias=self.qkv_bias, o_bias=self.o_bias,
-            mlp_bias=self.mlp_bias, qk_norm="head" if self.qk_norm else None,
+            mlp_bias=self.mlp_bias, qk_norm="head" if self.qk_norm else None, int8=self.int8,
         )  # fmt: skip
         return self == usual and len(ropes) == 1 and all(rope and 2 * len(rope.inv_freq) == self.H for rope in ropes)
 
@@ -114,7 +115,8 @@ class Geometry:
             method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
             raise UserError(
                 f"{where}: the checkpoint is quantised ({method}); use the float32, bfloat16 or float16 checkpoint "
-                "it was made from, or dequantise it with transformers and save it again."
+                "it was made from, which model.weights: int8 (--weights int8) quantises while it is loaded, or "
+                "dequantise it with transformers and save it again."
             )
         family = FAMILIES[name]
         said = {family.other_names.get(key, key): value for key, value in text.items()}

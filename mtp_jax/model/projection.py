@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from mtp_jax.sharding import place
 
@@ -14,19 +14,28 @@ from mtp_jax.sharding import place
 class Matrices(NamedTuple):
     """What a projection multiplies with, gathered from the devices that hold its parts."""
 
-    kernel: Float[Array, "in out"]
+    kernel: Num[Array, "in out"]
     bias: Float[Array, " out"] | None
+    scale: Float[Array, " out"] | None  # of a kernel of whole numbers
     lora: tuple[Float[Array, "in R"], Float[Array, "R out"]] | None
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         """y = x W (+ b) (+ (x A) B), in the dtype of x."""
-        y = x @ self.kernel
+        y = product(x, self.kernel, self.scale)
         if self.bias is not None:
             y = y + self.bias
         if self.lora is not None:
             a, b = self.lora
             y = y + low_rank(x, a.astype(x.dtype), b.astype(x.dtype))
         return y
+
+
+def product(
+    x: Float[Array, "... in"], kernel: Num[Array, "in out"], scale: Float[Array, " out"] | None
+) -> Float[Array, "... out"]:
+    """x W in the dtype of x; W may be whole numbers, of which each column has a scale."""
+    y = x @ kernel.astype(x.dtype)
+    return y if scale is None else (y * scale).astype(x.dtype)
 
 
 class Projection(nn.Module):
@@ -37,6 +46,7 @@ class Projection(nn.Module):
 
     features: int
     bias: bool = False
+    int8: bool = False
     axes: tuple[str | None, str | None] = (None, None)
 
     @nn.compact
@@ -46,14 +56,18 @@ class Projection(nn.Module):
         Without `gather` the compiler may move the rows to the weights' parts: right for the few rows of decoding.
         """
         row, column = self.axes
-        kernel = self.param("kernel", nn.initializers.zeros, (width, self.features)).astype(dtype)
-        bias, lora = None, None
+        kernel = self.param("kernel", nn.initializers.zeros, (width, self.features))
+        bias, scale, lora = None, None, None
+        if self.int8:
+            scale = self.param("kernel_scale", nn.initializers.zeros, (self.features,))
+        else:
+            kernel = kernel.astype(dtype)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(dtype)
         if adapted and self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             lora = place(a, row, None), place(b, None, column)
-        return Matrices(place(kernel, row, column) if gather else kernel, bias, lora)
+        return Matrices(place(kernel, row, column) if gather else kernel, bias, scale, lora)
 
     def __call__(
         self, x: Float[Array, "... in"], adapted: bool = False, gather: bool = True

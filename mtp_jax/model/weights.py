@@ -5,11 +5,12 @@ Initialisation, sharding, import, export and LoRA targets all read this table.
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
@@ -35,6 +36,8 @@ class Weight:
     key: str  # the Hugging Face name, with {layer} and {expert} where stacked
     transposed: bool = False  # stored as [out, in], ours is [in, out]
     part: tuple[int, int] | None = None  # where it begins among the rows of a stored tensor, and how many those are
+    quantised: str | None = None  # of a stored matrix "values", whole numbers, or the "scale" of each output channel
+    reduced: int = 0  # of a scale: how many numbers of the stored matrix share each
 
     @property
     def stacked(self) -> int:
@@ -49,8 +52,13 @@ class Weight:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of each stored tensor."""
-        shape = self.shape[self.stacked :][:: -1 if self.transposed else 1]
+        inner = (self.reduced,) * (self.quantised == "scale") + self.shape[self.stacked :]
+        shape = inner[:: -1 if self.transposed else 1]
         return shape if self.part is None else (self.part[1], *shape[1:])
+
+    def dtype(self, of: DTypeLike) -> np.dtype:
+        """The dtype it is held in, in a model whose other weights are held in `of`."""
+        return np.dtype({"values": np.int8, "scale": np.float32}.get(self.quantised or "", of))
 
     @property
     def decays(self) -> bool:
@@ -87,7 +95,7 @@ def weight_table(g: Geometry) -> tuple[Weight, ...]:
     for name, (key, rows, columns, row_axis, column_axis, bias) in projections.items():
         axes = ("layers", row_axis, column_axis)
         path, stored, part = ("layers", name, "kernel"), layer + key + ".weight", parts.get(name)
-        table.append(Weight(path, (g.L, rows, columns), axes, stored, True, part))
+        table += _matrix(g, Weight(path, (g.L, rows, columns), axes, stored, True, part))
         if bias:
             path = ("layers", name, "bias")
             table.append(Weight(path, (g.L, columns), ("layers", column_axis), layer + key + ".bias"))
@@ -99,6 +107,18 @@ def weight_table(g: Geometry) -> tuple[Weight, ...]:
     if not g.tied:
         table.append(Weight(("unembed", "embedding"), (g.V, g.D), ("vocab", "embed"), UNEMBED_KEY))
     return tuple(table)
+
+
+def _matrix(g: Geometry, weight: Weight) -> list[Weight]:
+    """A projection as it is, or as whole numbers and their scales."""
+    if not g.int8:
+        return [weight]
+    (*path, name), (*shape, rows, columns), (*axes, _, column_axis) = weight.path, weight.shape, weight.axes
+    scale = replace(
+        weight, path=(*path, f"{name}_scale"), shape=(*shape, columns), axes=(*axes, column_axis), quantised="scale",
+        reduced=rows,
+    )  # fmt: skip
+    return [replace(weight, quantised="values"), scale]
 
 
 def _norms(g: Geometry) -> dict[str, tuple[str, int]]:
@@ -127,7 +147,9 @@ def _expert_table(g: Geometry, layer: str) -> list[Weight]:
         axes: tuple[str | None, ...] = ("layers", "experts", None, "mlp")
         if ours == "down":
             shape, axes = (g.L, E, g.F, g.D), ("layers", "experts", "mlp", None)
-        table.append(Weight((*path, "experts", ours), shape, axes, f"{block}.experts.{{expert}}.{name}.weight", True))
+        table += _matrix(
+            g, Weight((*path, "experts", ours), shape, axes, f"{block}.experts.{{expert}}.{name}.weight", True)
+        )
     return table
 
 
@@ -158,7 +180,9 @@ def init_params(g: Geometry, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32) 
 
 def abstract_params(g: Geometry, dtype: DTypeLike) -> Params:
     """Shapes and dtypes of all weights, without the weights."""
-    return unflatten_dict({weight.path: jax.ShapeDtypeStruct(weight.shape, dtype) for weight in weight_table(g)})
+    return unflatten_dict(
+        {weight.path: jax.ShapeDtypeStruct(weight.shape, weight.dtype(dtype)) for weight in weight_table(g)}
+    )
 
 
 def unstack_layers(params: Params) -> Params:

@@ -187,6 +187,12 @@ def open_adapter(name: str, base: Base) -> Adapter:
     (where, file), shape = files_of(folder), read_shape(folder)
     config, of_engine = read_json(where), where.name == ENGINE_CONFIG
     trained_for = config["base"] if isinstance(config.get("base"), dict) else {}
+    weights = trained_for.get("weights", "stored")
+    if weights != base.weights:
+        raise UserError(
+            f"{folder}: this adapter was trained on weights held as {weights}, but the base model's are held as "
+            f"{base.weights}: another model. Ask for {weights} (--weights {weights}; in a config model.weights)."
+        )
     known = trained_for.get("fingerprint"), trained_for.get("values")
     if base.fingerprint not in known and base.values not in known:
         raise UserError(

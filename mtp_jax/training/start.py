@@ -57,7 +57,7 @@ def starting_base(config: Config) -> Base | NewBase:
     if config.model.geometry is not None:
         raise UserError("model.geometry describes a model that is not here, for mtp_jax.preflight alone; unset it.")
     if config.model.path is not None:
-        base: Base | NewBase = open_base(config.model.path)
+        base: Base | NewBase = open_base(config.model.path, weights=config.model.weights)
     else:
         assert config.model.scratch is not None
         scratch, tokenizer = config.model.scratch, None

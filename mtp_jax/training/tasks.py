@@ -149,6 +149,7 @@ class MultiTokenTask:
         """`adapter/`, which every command accepts as an adapter."""
         out, train = run_dir / "adapter", self.config.train
         base = {"name": self.base.name, "fingerprint": self.base.fingerprint, "values": self.base.values}
+        base |= {} if self.base.weights == "stored" else {"weights": self.base.weights}
         summary = {
             "steps": train.steps,
             "batch_size": train.batch_size,

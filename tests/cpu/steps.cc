@@ -24,6 +24,7 @@ std::vector<float> normal(size_t count, float scale = 1) {
 struct Kept {
   std::deque<std::vector<float>> floats;
   std::deque<std::vector<uint16_t>> halves;
+  std::deque<std::vector<int8_t>> bytes;
   std::deque<std::vector<int64_t>> numbers;
 
   const float* hold(std::vector<float> x) { return floats.emplace_back(std::move(x)).data(); }
@@ -47,13 +48,17 @@ struct Matrix {
   std::vector<float> w;
   Panels panels;
 
-  Matrix(int64_t K, std::vector<int64_t> ends, bool halves) : K(K), N(ends.back()), w(normal(K * N, 1 / std::sqrt(K))) {
+  Matrix(int64_t K, std::vector<int64_t> ends, Kind kind) : K(K), N(ends.back()), w(normal(K * N, 1 / std::sqrt(K))) {
+    bool halves = kind == Kind::HALVES;
     if (halves)
       for (float& x : w) x = rounded(x);
+    std::vector<float> scale = normal(N, 1 / (60 * std::sqrt(float(K))));
+    if (kind == Kind::BYTES)  // whole numbers, and a scale for each column
+      for (int64_t i = 0; i < K * N; ++i) w[i] = std::round(std::clamp(w[i] * 60 * std::sqrt(float(K)), -127.f, 127.f));
     int64_t count = 0, begin = 0;
     for (int64_t end : ends) count += (end - begin + WIDTH - 1) / WIDTH, begin = end;
     std::vector<float> filled(count * K * WIDTH, 0);
-    panels = {nullptr, halves, K, count, kept.hold(ends)};
+    panels = {nullptr, kind, K, count, kept.hold(ends)};
     for (int64_t p = 0; p < count; ++p) {
       Panels::Place at = panels.place(p);
       for (int64_t k = 0; k < K; ++k)
@@ -70,6 +75,11 @@ struct Matrix {
         packed[i] = static_cast<uint16_t>(bits >> 16);
       }
       panels.w = packed.data();
+    } else if (kind == Kind::BYTES) {
+      auto& packed = kept.bytes.emplace_back(filled.begin(), filled.end());
+      panels.w = packed.data();
+      for (int64_t i = 0; i < K * N; ++i) w[i] *= scale[i % N];
+      panels.scale = kept.hold(std::move(scale));
     } else {
       panels.w = kept.hold(std::move(filled));
     }
@@ -91,14 +101,15 @@ struct Weights {
   int64_t rank;
   Group group;
 
-  Weights(int64_t K, std::vector<int64_t> ends, bool halves, bool with_bias, int64_t rank)
-      : w(K, ends, halves), bias(with_bias ? normal(ends.back()) : std::vector<float>()), rank(rank) {
+  Weights(int64_t K, std::vector<int64_t> ends, Kind kind, bool with_bias, int64_t rank)
+      : w(K, ends, kind), bias(with_bias ? normal(ends.back()) : std::vector<float>()), rank(rank) {
     group.w = w.panels;
     if (with_bias) group.bias = bias.data();
     if (!rank) return;
     int64_t parts = static_cast<int64_t>(ends.size());
-    lora.emplace_back(K, std::vector<int64_t>{rank * parts}, halves);
-    lora.emplace_back(rank, ends, halves);
+    Kind of_lora = kind == Kind::HALVES ? kind : Kind::FLOATS;
+    lora.emplace_back(K, std::vector<int64_t>{rank * parts}, of_lora);
+    lora.emplace_back(rank, ends, of_lora);
     std::vector<int64_t> offsets;
     for (int64_t i = 0; i < parts; ++i) offsets.push_back(i * rank);
     group.a = lora[0].panels, group.b = lora[1].panels, group.offsets = kept.hold(offsets);
@@ -127,7 +138,8 @@ std::vector<double> normed(const double* x, int64_t D, const float* scale, doubl
 
 struct Shape {
   int64_t B, real, masks, D, N, K, H, F, S;
-  bool halves, biases, head_norms;
+  Kind kind;
+  bool biases, head_norms;
   int64_t rank;
 };
 
@@ -161,10 +173,10 @@ void check(const Shape& s, Team& team) {
     auto scale = [&](int64_t width) { return scales.emplace_back(normal(width)).data(); };
     layer.attention_scale = scale(s.D), layer.mlp_scale = scale(s.D);
     if (s.head_norms) layer.q_scale = scale(s.H), layer.k_scale = scale(s.H);
-    layer.groups[0] = weights.emplace_back(s.D, std::vector<int64_t>{q, q + k, q + 2 * k}, s.halves, s.biases, s.rank).group;
-    layer.groups[1] = weights.emplace_back(q, std::vector<int64_t>{s.D}, s.halves, false, s.rank).group;
-    layer.groups[2] = weights.emplace_back(s.D, std::vector<int64_t>{s.F, 2 * s.F}, s.halves, s.biases, 0).group;
-    layer.groups[3] = weights.emplace_back(s.F, std::vector<int64_t>{s.D}, s.halves, s.biases, s.rank).group;
+    layer.groups[0] = weights.emplace_back(s.D, std::vector<int64_t>{q, q + k, q + 2 * k}, s.kind, s.biases, s.rank).group;
+    layer.groups[1] = weights.emplace_back(q, std::vector<int64_t>{s.D}, s.kind, false, s.rank).group;
+    layer.groups[2] = weights.emplace_back(s.D, std::vector<int64_t>{s.F, 2 * s.F}, s.kind, s.biases, 0).group;
+    layer.groups[3] = weights.emplace_back(s.F, std::vector<int64_t>{s.D}, s.kind, s.biases, s.rank).group;
     layer.keys = caches.emplace_back(normal(s.B * s.K * s.S * s.H)).data();
     layer.values = caches.emplace_back(normal(s.B * s.K * s.S * s.H)).data();
     step.layers.push_back(layer);
@@ -263,12 +275,14 @@ void check_largest(int64_t rows, int64_t V, int64_t C, Team& team) {
 
 int main() {
   static Team* team = new Team(3);  // its threads outlive main
-  //          B real masks D   N  K  H   F   S   halves biases norms rank
-  for (Shape shape : {Shape{1, 1, 0, 40, 4, 2, 16, 37, 20, false, false, false, 0},
-                      Shape{2, 3, 5, 40, 4, 2, 16, 37, 20, false, true, true, 8},
-                      Shape{1, 5, 20, 64, 8, 1, 10, 70, 33, true, false, false, 3},
-                      Shape{3, 2, 2, 33, 3, 3, 6, 50, 9, true, true, false, 1},
-                      Shape{1, 16, 0, 96, 64, 1, 8, 128, 40, true, false, true, 0}})
+  //          B real masks D   N  K  H   F   S   numbers biases norms rank
+  for (Shape shape : {Shape{1, 1, 0, 40, 4, 2, 16, 37, 20, Kind::FLOATS, false, false, 0},
+                      Shape{2, 3, 5, 40, 4, 2, 16, 37, 20, Kind::FLOATS, true, true, 8},
+                      Shape{1, 5, 20, 64, 8, 1, 10, 70, 33, Kind::HALVES, false, false, 3},
+                      Shape{3, 2, 2, 33, 3, 3, 6, 50, 9, Kind::HALVES, true, false, 1},
+                      Shape{1, 16, 0, 96, 64, 1, 8, 128, 40, Kind::HALVES, false, true, 0},
+                      Shape{2, 3, 5, 40, 4, 2, 16, 37, 20, Kind::BYTES, true, true, 8},
+                      Shape{1, 16, 0, 33, 3, 3, 6, 50, 40, Kind::BYTES, false, false, 0}})
     for (int again = 0; again < 20; ++again) check(shape, *team);
   for (int again = 0; again < 20; ++again) {
     check_largest(5, 1000, 256, *team);

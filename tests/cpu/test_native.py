@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from whole_numbers import quantised
 
 from mtp_jax.cpu import fastest_forward, native
 from mtp_jax.cpu.forward import CpuForward
@@ -93,6 +94,7 @@ GEOMETRIES = {
     "one wide head of keys": {"head_dim": 64, "num_key_value_heads": 1},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "norms of heads": {"model_type": "qwen3", "use_sliding_window": False},
+    "whole numbers": {"int8": True, "attention_bias": True},
     "windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
 }
 B, S, REAL = 2, 40, 3
@@ -101,7 +103,7 @@ B, S, REAL = 2, 40, 3
 class Step:
     """A step of a random model by C++ or by XLA: latents of real rows and of mask rows, and the cache behind it."""
 
-    def __init__(self, in_cpp, targets=PROJECTIONS, change=None, **config):
+    def __init__(self, in_cpp, targets=PROJECTIONS, change=None, int8=False, **config):
         self.g = g = Geometry.from_config(BASE | config)
         draw = np.random.default_rng(0)
         params = init_params(g, jax.random.key(0))
@@ -109,6 +111,8 @@ class Step:
         lora = init_lora(g, targets, 8, jax.random.key(1)) or {"layers": {}}
         lora = jax.tree.map(lambda x: jnp.asarray(0.2 * draw.normal(size=x.shape), jnp.float32), lora)
         lora = change(lora) if change else lora
+        if int8:
+            self.g, params = g, params = quantised(params, g)
         shape, model = AdapterShape(5, 8, 8.0, targets, "none"), Decoder(g, scanned=False)
         self.forward = CpuForward(model, shape, "") if in_cpp else XlaForward(model, shape)
         self.variables = self.forward.prepare(
