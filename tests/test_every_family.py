@@ -155,3 +155,43 @@ def test_meshes_change_no_loss_and_no_token(names, run_of):
         assert [len(text) for text in found[name]["texts"]] == [12, 12]
         want = [greedy(folder / "base", prompt)[:12] for prompt in PROMPTS]
         assert found[name]["texts"] == want, name
+
+
+IN_ROOM = """
+import jax, jax.numpy as jnp, numpy as np
+from mtp_jax import sharding
+from mtp_jax.config import Mesh
+from mtp_jax.model import experts
+from mtp_jax.model.geometry import Geometry
+
+g = Geometry.from_config({"model_type": "mixtral", "vocab_size": 9, "hidden_size": 16, "intermediate_size": 12,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "num_local_experts": 8, "num_experts_per_tok": 2})
+draw = np.random.default_rng(0)
+normal = lambda *shape: jnp.asarray(draw.standard_normal(shape) * 0.4, jnp.float32)
+weights = {"router": {"kernel": normal(16, 8)}, "experts": {"gate": normal(8, 16, 12), "up": normal(8, 16, 12),
+    "down": normal(8, 12, 16)}}
+
+def loss(x, w, even):
+    w = w if even else {**w, "router": {"kernel": w["router"]["kernel"].at[:, 2:].add(-9 * jnp.sign(x[0, :1].T))}}
+    return jnp.sum(jnp.sin(experts.Mixture(g).apply({"params": w}, x)))
+
+grad = jax.value_and_grad(loss, (0, 1))
+experts._FEW = 8
+for even in (True, False):
+    x = normal(8, 20, 16) if even else jnp.broadcast_to(normal(1, 1, 16), (8, 20, 16))
+    want = jax.jit(grad, static_argnums=2)(x, weights, even)
+    with sharding.on(sharding.make_mesh(Mesh(data=1, fsdp=4, tensor=2))):
+        found = jax.jit(lambda x, w: grad(x, w, even))(x, weights)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        assert np.abs(a - b).max() < 1e-4 * max(1, np.abs(b).max()), even
+print("equal")
+"""
+
+
+def test_room_for_the_rows_of_a_devices_experts_changes_nothing():
+    """Rows that choose experts alike, and rows that all choose the same two, for which there is no room."""
+    ended = subprocess.run(
+        [sys.executable, "-c", IN_ROOM], env=environment(8), capture_output=True, text=True, check=False
+    )
+    assert ended.stdout.strip() == "equal", ended.stderr[-3000:]

@@ -4,6 +4,7 @@ Experts are spread over devices along their own axis. Rows travel to the experts
 devices that share them are gathered, each device computes what its experts add, and the sum goes back.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -18,6 +19,9 @@ from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.projection import Projection
 from mtp_jax.sharding import parts_of, spec_of
 
+# Devices make room for this multiple of the rows that would choose their experts if all were chosen alike; where more
+# do, for all rows. With up to so many choices all rows have room anyway.
+_ROOM, _FEW = 2, 4096
 Matrix = tuple[Num[Array, "E _ _"], Float[Array, "E _"] | None]  # with the scales of whole numbers
 Weights = tuple[Matrix, Matrix, Matrix]  # gate, up, down
 
@@ -113,13 +117,34 @@ def _mixed(
     g: Geometry,
 ) -> Float[Array, "B *rows D"]:
     """What experts `first`, first + 1, ... add to each row; 0 for a row that chose none of them."""
-    gate, up, down = weights
-    k, count = chosen.shape[-1], len(gate[0])
+    assert g.experts is not None
+    count, total = len(weights[0][0]), g.experts.total
+    every = math.prod(chosen.shape)
+    room = -(-every * count * _ROOM // total)
+    if every <= _FEW or room >= every:
+        return _of_first(every, x, chosen, share, weights, first, g)
+    here = jnp.sum((chosen >= first) & (chosen < first + count))
+    # Recomputed in the backward pass: what it would keep has the size of the larger branch.
+    branches = [jax.checkpoint(functools.partial(_of_first, n, g=g)) for n in (room, every)]
+    return jax.lax.cond(here <= room, *branches, x, chosen, share, weights, first)
+
+
+def _of_first(
+    n: int,
+    x: Float[Array, "B *rows D"],
+    chosen: Int[Array, "B *rows k"],
+    share: Float[Array, "B *rows k"],
+    weights: Weights,
+    first: Int[Array, ""],
+    g: Geometry,
+) -> Float[Array, "B *rows D"]:
+    """`_mixed`, where experts here were chosen at most `n` times."""
+    (gate, up, down), k, count = weights, chosen.shape[-1], len(weights[0][0])
     flat, rows = x.reshape(-1, x.shape[-1]), math.prod(x.shape[:-1])
     # Rows of one expert side by side, those of experts elsewhere behind them.
     expert = chosen.reshape(-1) - first
     expert = jnp.where((expert >= 0) & (expert < count), expert, count)
-    order = jnp.argsort(expert)
+    order = jnp.argsort(expert)[:n]
     sizes = jnp.bincount(expert, length=count + 1)[:count].astype(jnp.int32)
     expert = expert[order]
 
@@ -130,6 +155,10 @@ def _mixed(
 
     h = flat[order // k]
     y = times(ACTIVATIONS[g.activation](times(h, gate)) * times(h, up), down)
-    y = jnp.where((jnp.arange(rows * k) < sizes.sum())[:, None], y, 0)
+    y = jnp.where((expert < count)[:, None], y, 0)
+    if n < rows * k:
+        y = y * share.reshape(-1)[order, None].astype(y.dtype)
+        return jnp.zeros_like(flat).at[order // k].add(y).reshape(x.shape)
+    # In the order in which a row chose its experts, so that its sum does not depend on the rows beside it.
     y = jnp.zeros_like(y).at[order].set(y, unique_indices=True).reshape(rows, k, -1)
     return jnp.einsum("rkd,rk->rd", y, share.reshape(rows, k).astype(y.dtype)).reshape(x.shape)

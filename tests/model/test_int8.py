@@ -48,9 +48,11 @@ def test_rounding_and_product_are_those_of_qwix():
     np.testing.assert_allclose(scale[some], np.asarray(theirs.scale)[0, some], rtol=1e-6)
     want = qwix.dot_general(jnp.asarray(x), theirs, (((1,), (0,)), ((), ())))
     np.testing.assert_allclose(
-        product(x, jnp.asarray(values), jnp.asarray(scale)), want, atol=2e-2 * np.abs(want).max()
+        product(jnp.asarray(x), jnp.asarray(values), jnp.asarray(scale)), want, atol=2e-2 * np.abs(want).max()
     )
-    np.testing.assert_allclose(product(x, jnp.asarray(values), jnp.asarray(scale)), x @ (values * scale), atol=1e-4)
+    np.testing.assert_allclose(
+        product(jnp.asarray(x), jnp.asarray(values), jnp.asarray(scale)), x @ (values * scale), atol=1e-4
+    )
     assert not values[:, 3].any() and scale[3] == 1
 
 
