@@ -68,6 +68,7 @@ def evaluate(study: dict[str, Any], name: str, a: argparse.Namespace) -> None:
         return
     plans = study["variants"][name].get("plans", study["plans"])
     words = ["--model", a.model, "--adapter", str(a.out / name), "--suite", *a.suites, "--plans", plans]
+    words += ["--weights", keys_of(study, name).get("model.weights", "stored")]
     sizes = [
         "--count",
         str(a.count),
