@@ -13,10 +13,12 @@ from exported import export, noisy_adapter
 from whole_numbers import as_floats, quantised
 
 import mtp_jax
+from mtp_jax.config_file import validate
 from mtp_jax.decoding.plan import parse_plan
 from mtp_jax.errors import UserError
 from mtp_jax.model.base import open_base
 from mtp_jax.model.decoder import Decoder
+from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.int8 import quantise
 from mtp_jax.model.projection import product
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
@@ -169,3 +171,14 @@ def test_the_commands_take_it(pair, command):
     assert command("generate", *options, "--weights", "int8", "--compare").code == 0
     refused = command("generate", *options)
     assert refused.code == 2 and len(refused.errors) == 1 and "--weights int8" in refused.errors[0]
+
+
+def test_a_base_that_is_trained_is_refused(tree):
+    tree["model"]["weights"] = "int8"
+    with pytest.raises(UserError, match="weights: int8 is for a frozen base"):
+        validate(tree, "tree")
+
+
+def test_a_quantised_checkpoint_is_told_of_it():
+    with pytest.raises(UserError, match=r"quantised \(awq\).*model.weights: int8"):
+        Geometry.from_config({"model_type": "llama", "quantization_config": {"quant_method": "awq"}})
