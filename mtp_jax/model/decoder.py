@@ -241,7 +241,6 @@ class Layer(nn.Module):
                 h = attend_blocks(q, (k, v), real, blocks, keys, window, chunk, Scores.of(self.g))
         m = self._attended(m, h, adapted=True)
         with_weights = self._mlp_weights(m.dtype, adapted=True)  # gathered once for all parts
-
         return map_chunks(lambda m: self._mlp(m, with_weights), m, -(-m.shape[1] // parts))
 
     def _attention_inputs(self, x: Float[Array, "... D"], cos: Array, sin: Array, adapted: bool) -> tuple[Array, ...]:
