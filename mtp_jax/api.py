@@ -40,7 +40,7 @@ def load(
         shortlist: candidates of each mask row that the sampler head scores; None for all tokens.
         generation_config: compute the processors that the base's `generation_config.json` asks for (`Processors`), as
             transformers does; how it samples is then in `generator.settings.sampling`.
-        weights: "int8" quantises the base's projections while they are loaded. The output is then that of the
+        weights: "int8" quantises projections and head of the base while they are loaded. The output is then that of the
             quantised model.
     Raises:
         UserError: an unusable model or adapter, an adapter without gate, which changes the base's output, or a plan

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="--decode: sequences")
     parser.add_argument("--json", action="store_true", help="print one JSON object per program")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="for instance train.batch_size=4")
-    a = parser.parse_args()
+    a = parser.parse_intermixed_args()
     _check(a)
     from mtp_jax.config_file import load_config
     from mtp_jax.fitting.chips import parse_topology, without_chip

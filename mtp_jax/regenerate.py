@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="a training config with data.continuations")
     parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="prompts decoded at a time (64)")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: should be at least 1.")
     from mtp_jax.config_file import load_config

@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("--adapter", help="start from this adapter; the same as model.adapter=...")
     parser.add_argument("--profile", metavar="DIR", help="write a trace of a few steps, for TensorBoard or Perfetto")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="for instance train.steps=100")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     from mtp_jax.runs import processes
 
     with processes.together():

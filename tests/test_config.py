@@ -304,3 +304,10 @@ def test_all_malformed_overrides_are_told(read):
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda f: f.name)
 def test_every_config_of_the_repository_is_valid(file):
     load_config(str(file), [])
+
+
+@pytest.mark.parametrize("name", ["train", "regenerate", "preflight", "data"])
+def test_overrides_may_stand_before_and_after_options(command, name):
+    module = "data.__main__" if name == "data" else name
+    outcome = command(module, "seed=1", "--config", "nowhere.yaml", "train.steps=2")
+    assert outcome.code == 2 and "nowhere.yaml" in outcome.err and "usage" not in outcome.err

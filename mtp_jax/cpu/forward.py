@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, Int
 from mtp_jax.cpu.native import PanelLayer, PanelLora, largest, layers, narrow, pack, times
 from mtp_jax.decoding.forward import GROUPS, Variables, drafting_weights, lora_parts
 from mtp_jax.model.attention import LayerCache
-from mtp_jax.model.decoder import Cache, Decoder, MaskRows, step_rows
+from mtp_jax.model.decoder import Cache, Decoder
+from mtp_jax.model.head import Head
+from mtp_jax.model.step_rows import MaskRows, step_rows
 from mtp_jax.model.weights import Params
 from mtp_jax.mtp.adapter import AdapterShape, with_adapter
 
@@ -24,26 +26,30 @@ class CpuForward:
     build: str
 
     def prepare(self, params: Params, adapter: Params | None) -> Variables:
-        """`layers`, `norm`, the tables `embed` and `unembed`, the base head in panels, and of an adapter `mtp`.
+        """`layers`, `norm`, the table `embed`, the base head by rows and in panels, and of an adapter `mtp`.
 
         Of an adapter with a draft vocabulary also its ids and, in panels too, the part of the base head that it needs.
         """
         g = self.model.g
         lora = None if adapter is None or self.shape is None else with_adapter({}, adapter, self.shape)["lora"]
-        head = params["embed" if g.tied else "unembed"]["embedding"]
+        stored = params["unembed" if g.own_head else "embed"]
+        head = Head(stored["embedding"], stored.get("embedding_scale"))
         embed = _gathered(params["embed"]["embedding"])
+        # Beside the panels: drafting reads whole rows.
+        unembed = head if g.int8 else Head(_gathered(head.table) if g.own_head else embed)
         variables: Variables = {
             "layers": [self._layer(params.pop(f"layer_{i}"), lora, i) for i in range(g.L)],
             "norm": params["norm"]["scale"],
             "embed": embed,
-            "unembed": embed if g.tied else _gathered(head),
-            "head": pack(head.T),  # a copy: drafting reads whole rows of the tables
+            "unembed": unembed,
+            "head": pack(head.table.T, scale=head.scale),
         }
         if adapter is None:
             return variables
         if "vocabulary" in adapter:
             ids = variables["vocabulary"] = jnp.asarray(adapter["vocabulary"])
-            variables["draft_head"] = pack(head[ids].T)
+            some = head.of(ids)
+            variables["draft_head"] = pack(some.table.T, scale=some.scale)
         return variables | {"mtp": drafting_weights(adapter, self.model.dtype)}
 
     def _layer(self, params: Params, lora: Params | None, layer: int) -> PanelLayer:
@@ -92,7 +98,9 @@ class CpuForward:
 
     def unembedded(self, variables: Variables, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Rows of the base head's table."""
-        return _rows(variables["unembed"], tokens)
+        table, scale = variables["unembed"]
+        rows = _rows(table, tokens)
+        return rows if scale is None else rows * scale[tokens][..., None]
 
     def candidates(self, scores: Float[Array, "... V"], count: int) -> Int[Array, "... C"]:
         """The `count` largest, without a sort."""

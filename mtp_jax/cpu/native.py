@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from mtp_jax.files import cache_folder, scratch_folder
 from mtp_jax.model.attention import LayerCache
-from mtp_jax.model.decoder import StepRows
+from mtp_jax.model.step_rows import StepRows
 
 CACHE = "~/.cache/mtp_jax/native"
 _SOURCE = Path(__file__).with_name("bindings.cc")

@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="read a whole epoch, not a sample")
     parser.add_argument("--examples", type=int, default=3, metavar="N", help="documents to print (3)")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.examples < 0:
         raise UserError(f"--examples {arguments.examples}: should be at least 0.")
     from mtp_jax.config_file import load_config

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from mtp_jax.decoding.forward import Forward, Variables
 from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, likeliest
-from mtp_jax.model.decoder import as_logits
+from mtp_jax.model.head import as_logits
 from mtp_jax.mtp.adapter import sampler_of
 from mtp_jax.mtp.sampler import corrected_latent, read_latent
 

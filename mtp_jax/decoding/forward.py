@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mtp_jax.model.decoder import Cache, Decoder, MaskRows, head
+from mtp_jax.model.decoder import Cache, Decoder
+from mtp_jax.model.step_rows import MaskRows
 from mtp_jax.model.weights import Params
 from mtp_jax.mtp.adapter import AdapterShape, with_adapter
 from mtp_jax.mtp.sampler import parted
@@ -102,7 +103,7 @@ class XlaForward:
             return variables
         if "vocabulary" in adapter:
             ids = variables["vocabulary"] = jnp.asarray(adapter["vocabulary"])
-            variables["draft_head"] = self._apply(variables, method="unembedding")[ids]
+            variables["draft_head"] = self._apply(variables, method="head").of(ids)
         return variables | {"mtp": drafting_weights(adapter, dtype)}
 
     def rows(
@@ -125,9 +126,9 @@ class XlaForward:
         return self._apply(variables, latents, method="logits")
 
     def draft_logits(self, variables: Variables, latents: Float[Array, "... D"]) -> Float[Array, "... U"]:
-        """The same with the table of the draft vocabulary alone."""
-        table = variables.get("draft_head")
-        return self.logits(variables, latents) if table is None else head(latents, table, self.model.g)
+        """The same over the draft vocabulary alone."""
+        head = variables.get("draft_head")
+        return self.logits(variables, latents) if head is None else head(latents, self.model.g)
 
     def embedded(self, variables: Variables, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Rows of the table of embeddings."""
@@ -135,7 +136,7 @@ class XlaForward:
 
     def unembedded(self, variables: Variables, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Rows of the base head's table."""
-        return self._apply(variables, method="unembedding")[tokens]
+        return self._apply(variables, method="head").rows(tokens)
 
     def candidates(self, scores: Float[Array, "... V"], count: int) -> Int[Array, "... C"]:
         """On TPU, where sorting would cost more than the sampler saves, each is found with a probability of 0.99."""

@@ -20,7 +20,8 @@ from mtp_jax.decoding.plan import BlockPlan
 from mtp_jax.decoding.processors import Processors
 from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, likeliest, prefix, verify
 from mtp_jax.model.attention import empty_cache
-from mtp_jax.model.decoder import Cache, MaskRows
+from mtp_jax.model.decoder import Cache
+from mtp_jax.model.step_rows import MaskRows
 
 # Prompts are prefilled this many rows at a time, which bounds the memory of attention scores.
 PREFILL_CHUNK = 512

@@ -63,7 +63,7 @@ class Base:
 
     @property
     def weights(self) -> str:
-        """How projections are held: "stored" as they are, or "int8"."""
+        """How projections and head are held: "stored" as they are, or "int8"."""
         return "int8" if self.g.int8 else "stored"
 
     @cached_property
@@ -106,8 +106,8 @@ def open_base(name: str, revision: str | None = None, weights: str = "stored") -
     """Open a Hugging Face folder, a hub name or bundled:NAME, and check that its tensors are those its config needs.
 
     Args:
-        weights: "stored", or "int8" to quantise projections while they are loaded: then this is another model, whose
-            own output it is that decoding gives.
+        weights: "stored", or "int8" to quantise projections and head while they are loaded: then this is another
+            model, whose own output it is that decoding gives.
     Raises:
         UserError: nothing of that name, an unsupported architecture, missing, unexpected or misshapen tensors.
     """

@@ -254,16 +254,25 @@ def _part(
             at = [span.start + i for span, i in zip(spans, slot, strict=False)]
             stored, key = sources[int(np.ravel_multi_index(at, counts)) if at else 0]
             if weight.quantised:
-                block[slot] = _quantised(stored, key, inner, weight.quantised)
+                block[slot] = _quantised(stored, key, inner, weight)
             else:
                 _read_into(block[slot], stored, key, tuple(inner), weight.transposed)
     return read[spans]
 
 
-def _quantised(stored: Stored, key: str, index: list[slice], kind: str) -> np.ndarray:
-    """A part of a matrix [in, out] as whole numbers, or of the scales of its columns, which need all of each column."""
-    columns = index[-1]
-    whole = np.empty((stored.shape[1], columns.stop - columns.start), np.float32)
-    _read_into(whole, stored, key, (slice(0, len(whole)), columns), transposed=True)
-    values, scale = quantise(whole)
-    return scale if kind == "scale" else values[index[0]]
+def _quantised(stored: Stored, key: str, index: list[slice], weight: Weight) -> np.ndarray:
+    """A part of a matrix as whole numbers, or of its scales; either needs the whole of each output channel.
+
+    Channels are the rows of the stored matrix, and of ours too where it is not transposed.
+    """
+    channels = index[-1] if weight.transposed else index[0]
+    rest = index[0] if weight.transposed else index[-1]
+    width, parts = stored.shape[1], []
+    step = max(1, _READ_BYTES // (4 * width))
+    for at in range(channels.start, channels.stop, step):
+        part = np.empty((width, min(step, channels.stop - at)), np.float32)
+        _read_into(part, stored, key, (slice(0, width), slice(at, at + part.shape[1])), transposed=True)
+        values, scale = quantise(part)
+        parts.append(scale if weight.quantised == "scale" else values[rest])
+    whole = np.concatenate(parts, axis=-1)
+    return whole.T if weight.quantised == "values" and not weight.transposed else whole

@@ -65,7 +65,7 @@ class Geometry:
     logit_cap: float | None = None
     fused: bool = False  # q, k and v are stored as one matrix, gate and up as another
     experts: Experts | None = None
-    int8: bool = False  # projections are held as whole numbers with a scale for each output channel
+    int8: bool = False  # projections and base head are held as whole numbers with a scale for each output channel
 
     @property
     def kinds(self) -> tuple[list[Kind], list[int]]:
@@ -77,6 +77,11 @@ class Geometry:
     def windows(self) -> tuple[int | None, ...]:
         """The sliding window of every layer."""
         return tuple(kind.window for kind in self.layers)
+
+    @property
+    def own_head(self) -> bool:
+        """Whether the base head has a table beside that of the input embeddings."""
+        return not self.tied or self.int8
 
     @property
     def plain(self) -> bool:

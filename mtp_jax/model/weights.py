@@ -52,8 +52,8 @@ class Weight:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of each stored tensor."""
-        inner = (self.reduced,) * (self.quantised == "scale") + self.shape[self.stacked :]
-        shape = inner[:: -1 if self.transposed else 1]
+        inner = self.shape[self.stacked :]
+        shape = (*inner, self.reduced) if self.quantised == "scale" else inner[:: -1 if self.transposed else 1]
         return shape if self.part is None else (self.part[1], *shape[1:])
 
     def dtype(self, of: DTypeLike) -> np.dtype:
@@ -104,19 +104,21 @@ def weight_table(g: Geometry) -> tuple[Weight, ...]:
         stored = layer + key + ".weight"
         table.append(Weight(("layers", name, "scale"), (g.L, width), ("layers", None), stored))
     table.append(Weight(("norm", "scale"), (g.D,), (None,), "model.norm.weight"))
-    if not g.tied:
-        table.append(Weight(("unembed", "embedding"), (g.V, g.D), ("vocab", "embed"), UNEMBED_KEY))
+    if g.own_head:
+        key = EMBED_KEY if g.tied else UNEMBED_KEY
+        table += _matrix(g, Weight(("unembed", "embedding"), (g.V, g.D), ("vocab", "embed"), key))
     return tuple(table)
 
 
 def _matrix(g: Geometry, weight: Weight) -> list[Weight]:
-    """A projection as it is, or as whole numbers and their scales."""
+    """A projection [in, out] or the base head [out, in] as it is, or as whole numbers and a scale for each output."""
     if not g.int8:
         return [weight]
-    (*path, name), (*shape, rows, columns), (*axes, _, column_axis) = weight.path, weight.shape, weight.axes
+    (*path, name), reduced = weight.path, -2 if weight.transposed else -1
+    shape, axes = list(weight.shape), list(weight.axes)
+    width, _ = shape.pop(reduced), axes.pop(reduced)
     scale = replace(
-        weight, path=(*path, f"{name}_scale"), shape=(*shape, columns), axes=(*axes, column_axis), quantised="scale",
-        reduced=rows,
+        weight, path=(*path, f"{name}_scale"), shape=tuple(shape), axes=tuple(axes), quantised="scale", reduced=width,
     )  # fmt: skip
     return [replace(weight, quantised="values"), scale]
 

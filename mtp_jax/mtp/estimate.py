@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from mtp_jax.model.attention import Blocks, RealRows
-from mtp_jax.model.decoder import Decoder, head
+from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.weights import Params
 from mtp_jax.mtp.adapter import AdapterShape, sampler_of, with_adapter
 from mtp_jax.mtp.sampler import corrected_latent
@@ -54,9 +54,9 @@ class Estimator:
         else:
             drawn = jax.random.randint(jax.random.key(0), (B, S, M), noise.low, noise.high)
             masks = self.model.apply(variables, drawn, method="embeddings")
-        table = self.model.apply(variables, method="unembedding")
+        head = self.model.apply(variables, method="head")
         if ids is not None:
-            table = table[ids]
+            head = head.of(ids)
         z = self.model.apply(variables, masks, blocks, RealRows(positions, segments), kept, method="masks")
         # The token after row i is known; draft j is to be token i+1+j.
         ahead = jnp.minimum(positions[..., None] + 1 + jnp.arange(M + 1), S - 1)
@@ -72,7 +72,7 @@ class Estimator:
                 if sampler is not None:
                     embedding = self.model.apply(variables, previous, method="embeddings")
                     latent = corrected_latent(sampler, self.shape.sampler, embedding, latent)
-                previous = jnp.argmax(head(latent, table, self.model.g))
+                previous = jnp.argmax(head(latent, self.model.g))
                 if ids is not None:
                     previous = ids[previous]
                 drafts.append(previous)

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mtp_jax.model.attention import Blocks, LayerCache, RealRows
 from mtp_jax.model.chunks import cut, over_chunks, sum_over_chunks
-from mtp_jax.model.decoder import Decoder, head
+from mtp_jax.model.decoder import Decoder
+from mtp_jax.model.head import Head
 from mtp_jax.model.weights import Params, leaf_at
 from mtp_jax.mtp.accumulation import accumulated
 from mtp_jax.mtp.adapter import AdapterShape, adapter_table, sampler_of, with_adapter
@@ -45,8 +46,8 @@ class Context(NamedTuple):
     keys: RealRows
     kept: LayerCache | None  # keys and values, stacked by layer
     latents: Float[Array, "B T D"]
-    choice: Int[Array, "B T"]  # the base model's, of the next token, as a row of `table`; -1 where it has none
-    table: Float[Array, "U D"]  # of the base head over all tokens, or over the draft vocabulary
+    choice: Int[Array, "B T"]  # the base model's, of the next token, as a row of `head`; -1 where it has none
+    head: Head  # over all tokens, or over the draft vocabulary
     vocabulary: Int[Array, " U"] | None  # None for all tokens
 
 
@@ -99,13 +100,13 @@ class MultiTokenLoss:
         with jax.named_scope("real_rows"):
             z_real, kept = self.real_latents(trained, frozen, batch)
         # Gathered once for all chunks of rows.
-        table = place(self.model.apply(base, method="unembedding"), "vocab", None)
+        head = self.model.apply(base, method="head").placed()
         sampler = sampler_of(trained)
 
         @jax.named_scope("vocabulary")
         def over_rows(rows: Any) -> tuple[Sums, Array]:
             latents, tokens, labels, counted = rows
-            scores = head(latents, table, self.model.g)
+            scores = head(latents, self.model.g)
             choice = jnp.argmax(scores, axis=-1)
             sums = {
                 "real": jnp.sum(cross_entropy(scores, labels) * counted),
@@ -113,17 +114,17 @@ class MultiTokenLoss:
             }
             if t.sampler_on_real and sampler is not None:
                 corrected = self._corrected(sampler, frozen, tokens, latents)
-                sums["sampler_real"] = jnp.sum(cross_entropy(head(corrected, table, self.model.g), labels) * counted)
+                sums["sampler_real"] = jnp.sum(cross_entropy(head(corrected, self.model.g), labels) * counted)
             return sums, choice
 
         rows = (z_real, batch["tokens"], batch["labels"], batch["supervised"])
         sums, choice = over_chunks(over_rows, rows, rows_at_a_time(self.loss_chunk, len(z_real)))
         ids = None if self.shape.vocabulary is None else frozen["vocabulary"]
         if ids is not None:
-            choice, table = index_in(ids, choice), place(table[ids], "vocab", None)
+            choice, head = index_in(ids, choice), head.of(ids).placed()
         # Targets taken from the base model are constants, also where standard LoRA moves the real rows.
         keys, constant = RealRows(batch["positions"], batch["segments"]), jax.lax.stop_gradient(z_real)
-        return Context(keys, kept, constant, choice, table, ids), sums
+        return Context(keys, kept, constant, choice, head, ids), sums
 
     def real_latents(self, trained: Params, frozen: Params, batch: Any) -> tuple[Float[Array, "B T D"], Any]:
         """Latents of real rows, and the keys and values that mask rows see."""
@@ -158,7 +159,7 @@ class MultiTokenLoss:
         sampler, t = sampler_of(trained), self.terms
         with jax.named_scope("mask_rows"):
             z = self.latents(trained, frozen, context, blocks, targets.noise)
-        choice, table, ids = context.choice, context.table, context.vocabulary
+        choice, head, ids = context.choice, context.head, context.vocabulary
         if ids is not None:
             targets = targets._replace(label=index_in(ids, targets.label))
 
@@ -168,7 +169,7 @@ class MultiTokenLoss:
             flat = of.row.reshape(len(of.row), -1)
             real = jnp.take_along_axis(context.latents, flat[..., None], axis=1).reshape(latents.shape)
             chosen = jnp.take_along_axis(choice, flat, axis=1).reshape(of.row.shape)
-            base = head(real, table, self.model.g) if t.target in ("base_soft", "total_variation") else None
+            base = head(real, self.model.g) if t.target in ("base_soft", "total_variation") else None
             row_weights = self._counted(of) * self._static_weights()
 
             def judged(scores: Array, rest: Any) -> tuple[Array, tuple[Array, Array]]:
@@ -182,7 +183,7 @@ class MultiTokenLoss:
 
             def term(latents: Array) -> tuple[Array, Array]:
                 rest = (of, chosen, base, step)
-                loss, (acceptance, right) = over_vocabulary(judged, latents, table, self.model.g, rest)
+                loss, (acceptance, right) = over_vocabulary(judged, latents, head, self.model.g, rest)
                 weights = row_weights
                 if t.offset_weights == "expected_length":
                     # How likely the chain reaches this offset: what it adds to the expected accepted length.

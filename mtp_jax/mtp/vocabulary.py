@@ -9,8 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mtp_jax.model.chunks import KEPT
-from mtp_jax.model.decoder import head
 from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.head import Head
 from mtp_jax.sharding import parts_of
 
 
@@ -56,7 +56,7 @@ def divergence(kind: str, target: Float[Array, "... V"], logits: Float[Array, ".
 def over_vocabulary(
     f: Callable[[Float[Array, "... V"], Any], tuple[Float[Array, "..."], Any]],
     latents: Float[Array, "... D"],
-    table: Float[Array, "V D"],
+    head: Head,
     g: Geometry,
     rest: Any,
 ) -> tuple[Float[Array, "..."], Any]:
@@ -67,11 +67,11 @@ def over_vocabulary(
     """
 
     @jax.custom_vjp
-    def run(latents: Array, table: Array, rest: Any) -> Any:
-        return f(head(latents, table, g), rest)
+    def run(latents: Array, head: Head, rest: Any) -> Any:
+        return f(head(latents, g), rest)
 
-    def forward(latents: Array, table: Array, rest: Any) -> Any:
-        loss, pull, others = jax.vjp(lambda z: f(head(z, table, g), rest), latents, has_aux=True)
+    def forward(latents: Array, head: Head, rest: Any) -> Any:
+        loss, pull, others = jax.vjp(lambda z: f(head(z, g), rest), latents, has_aux=True)
         # The results are kept as well: whoever weighs a loss by them needs them in the backward pass.
         return checkpoint_name(((loss, others), pull(jnp.ones_like(loss))[0]), KEPT)
 
@@ -79,4 +79,4 @@ def over_vocabulary(
         return (slope * cotangents[0][..., None]).astype(slope.dtype), None, None
 
     run.defvjp(forward, backward)
-    return run(latents, table, rest)
+    return run(latents, head, rest)

@@ -13,7 +13,7 @@ from mtp_jax.data.batches import Batch, anchors_of, noise_of
 from mtp_jax.errors import UserError
 from mtp_jax.model.attention import Scores
 from mtp_jax.model.chunks import sum_over_chunks
-from mtp_jax.model.decoder import Decoder, head
+from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.kernels import PLATFORMS, misfit
 from mtp_jax.model.mask_kernel import tiling
@@ -21,7 +21,6 @@ from mtp_jax.model.weights import projections
 from mtp_jax.mtp.adapter import AdapterShape
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
 from mtp_jax.mtp.vocabulary import cross_entropy_sums, rows_at_a_time
-from mtp_jax.sharding import place
 from mtp_jax.training.step import Metrics
 
 # Bytes of mask rows that each device may keep for the backward pass; more blocks than that are computed in chunks.
@@ -151,12 +150,12 @@ class NextToken:
     def sums(self, params: Any, batch: Batch) -> Metrics:
         """Cross-entropy and correct predictions, summed over the supervised rows."""
         variables = {"params": params}
-        table = place(self.model.apply(variables, method="unembedding"), "vocab", None)
+        head = self.model.apply(variables, method="head").placed()
         latents, _ = self.model.apply(variables, batch["tokens"], batch["positions"], batch["segments"])
 
         def chunk(rows: tuple[Array, Array, Array]) -> Metrics:
             latents, labels, supervised = rows
-            return cross_entropy_sums(head(latents, table, self.model.g), labels, supervised)
+            return cross_entropy_sums(head(latents, self.model.g), labels, supervised)
 
         rows = (latents, batch["labels"], batch["supervised"])
         return sum_over_chunks(chunk, rows, rows_at_a_time(self.loss_chunk, len(latents)))

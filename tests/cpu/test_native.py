@@ -15,8 +15,9 @@ from mtp_jax.cpu.native import largest, narrow, pack, times
 from mtp_jax.decoding.drafting import choose_drafts
 from mtp_jax.decoding.forward import XlaForward
 from mtp_jax.model.attention import LayerCache
-from mtp_jax.model.decoder import Decoder, MaskRows
+from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.step_rows import MaskRows
 from mtp_jax.model.weights import PROJECTIONS, init_params, unstack_layers
 from mtp_jax.mtp.adapter import AdapterShape
 from mtp_jax.mtp.lora import init_lora

@@ -23,7 +23,8 @@ from mtp_jax.exporting.source import find_source
 from mtp_jax.locate import find_folder
 from mtp_jax.model.attention import empty_cache
 from mtp_jax.model.base import open_base
-from mtp_jax.model.decoder import Decoder, MaskRows
+from mtp_jax.model.decoder import Decoder
+from mtp_jax.model.step_rows import MaskRows
 from mtp_jax.model.weights import PROJECTIONS, unstack_layers
 from mtp_jax.mtp.adapter_folder import open_adapter
 from mtp_jax.mtp.blocks import Noise

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from mtp_jax.decoding.forward import XlaForward
 from mtp_jax.model.attention import empty_cache
 from mtp_jax.model.base import open_base
-from mtp_jax.model.decoder import Decoder, MaskRows
+from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.folder import stored_tensors
+from mtp_jax.model.step_rows import MaskRows
 from mtp_jax.model.weights import projections, unstack_layers
 from mtp_jax.mtp.adapter_folder import open_adapter
 from mtp_jax.mtp.sampler import corrected_latent

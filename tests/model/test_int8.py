@@ -82,7 +82,7 @@ def run(g, params, tokens):
 def test_logits_are_those_of_the_rounded_weights(bases):
     stored, int8 = bases
     tokens, params = np.random.default_rng(1).integers(0, stored.g.V, (2, 24)), int8.load(np.float32)
-    found, want = run(int8.g, params, tokens), run(stored.g, as_floats(params), tokens)
+    found, want = run(int8.g, params, tokens), run(*as_floats(params, stored.g), tokens)
     assert np.abs(found - want).max() < 1e-5 * np.abs(want).max()
     exact = run(stored.g, stored.load(np.float32), tokens)
     assert 1e-3 < np.abs(found - exact).max() / np.abs(exact).max() < 0.3, "rounding makes no difference, or too much"
@@ -109,7 +109,7 @@ def test_losses_and_gradients_are_those_of_the_rounded_weights(bases):
             return jax.jit(jax.value_and_grad(share, has_aux=True))(adapter)
 
     (loss, _), gradient = of(int8.g, params)
-    (want, _), of_floats = of(stored.g, as_floats(params))
+    (want, _), of_floats = of(*as_floats(params, stored.g))
     assert abs(loss - want) < 1e-5 * abs(want)
     for (path, a), b in zip(jax.tree.leaves_with_path(gradient), jax.tree.leaves(of_floats), strict=True):
         assert np.linalg.norm(a - b) <= 1e-4 * max(np.linalg.norm(b), 1e-6), path

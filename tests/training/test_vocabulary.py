@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from mtp_jax.model.chunks import sum_over_chunks
-from mtp_jax.model.decoder import head
 from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.head import Head
 from mtp_jax.mtp.vocabulary import cross_entropy_sums, over_vocabulary, rows_at_a_time
 
 B, T, D, V = 3, 17, 8, 50
@@ -103,7 +103,7 @@ def judged(scores, labels):
 def summed(latents, table, labels, counted, chunk, once=True):
     def f(rows):
         z, labels, counted = rows
-        loss, right = over_vocabulary(judged, z, table, G, labels) if once else judged(head(z, table, G), labels)
+        loss, right = over_vocabulary(judged, z, Head(table), G, labels) if once else judged(Head(table)(z, G), labels)
         return {"loss": jnp.sum(jnp.sin(loss) * counted), "right": jnp.sum(right & counted).astype(jnp.float32)}
 
     return sum_over_chunks(f, (latents, labels, counted), rows_at_a_time(chunk, len(latents)))
