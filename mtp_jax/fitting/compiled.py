@@ -105,8 +105,16 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def executed(every: dict[str, list[Instruction]], entry: str) -> dict[str, int]:
-    """How often a step runs each computation."""
+    """How often a step runs each computation.
+
+    Of a conditional's branches the one that writes least counts: larger ones are for rare cases, as where most rows
+    choose the same experts.
+    """
     times: dict[str, int] = defaultdict(int)
+
+    def written(name: str) -> int:
+        own = sum(sum(array_bytes(i.shape)) for i in every.get(name, []) if i.op != "parameter")
+        return own + sum(written(inner) for i in every.get(name, []) for inner in _called(i.rest))
 
     def visit(name: str, count: int) -> None:
         times[name] += count
@@ -114,13 +122,18 @@ def executed(every: dict[str, list[Instruction]], entry: str) -> dict[str, int]:
             if instruction.op == "while":
                 body = _named(instruction.rest, "body")
                 visit(body, count * _trips(every, instruction.rest))
+            elif instruction.op == "conditional":
+                visit(min(_called(instruction.rest), key=written), count)
             elif instruction.op not in ("all-reduce", "reduce-scatter", "all-reduce-start"):  # these call an addition
-                for called in _CALLED.findall(instruction.rest):
-                    for inner in re.findall(r"[\w.-]+", called):
-                        visit(inner, count)
+                for inner in _called(instruction.rest):
+                    visit(inner, count)
 
     visit(entry, 1)
     return {name: count for name, count in times.items() if name in every}
+
+
+def _called(rest: str) -> list[str]:
+    return [name for called in _CALLED.findall(rest) for name in re.findall(r"[\w.-]+", called)]
 
 
 def _named(rest: str, attribute: str) -> str:
@@ -134,7 +147,7 @@ def _trips(every: dict[str, list[Instruction]], rest: str) -> int:
     names, limits = [_named(rest, "condition")], [1]
     while names:
         for instruction in every.get(names.pop(), []):
-            names += [name for called in _CALLED.findall(instruction.rest) for name in re.findall(r"[\w.-]+", called)]
+            names += _called(instruction.rest)
             if instruction.op == "constant" and instruction.shape.startswith("s32[]"):
                 limits.append(int(instruction.rest.split(")")[0]))
     return max(limits)
@@ -157,7 +170,8 @@ def _group(rest: str) -> int:
 def flops(jaxpr: Any) -> float:
     """Operations of all matrix products of a traced program, on all devices together; a multiply and an add are two.
 
-    A scan counts as often as it runs, any other loop once; what a backward pass recomputes counts again.
+    A scan counts as often as it runs, any other loop once; what a backward pass recomputes counts again. The smallest
+    branch counts, as in `executed`; a product by groups counts as if each of its rows were in one.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -165,6 +179,8 @@ def flops(jaxpr: Any) -> float:
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left.shape[i] for i in contracted)
+        elif equation.primitive.name == "ragged_dot_general":
+            total += 2.0 * equation.invars[0].aval.size * equation.outvars[0].aval.shape[-1]
         elif equation.primitive.name == "pallas_call":
             cost = equation.params.get("cost_estimate")
             total += 0.0 if cost is None else float(cost.flops)
@@ -173,7 +189,7 @@ def flops(jaxpr: Any) -> float:
             if equation.primitive.name == "scan":
                 total += equation.params["length"] * sum(inner)
             elif equation.primitive.name == "cond":
-                total += max(inner, default=0.0)
+                total += min(inner, default=0.0)
             elif equation.primitive.name == "shard_map":
                 total += equation.params["mesh"].size * sum(inner)
             else:

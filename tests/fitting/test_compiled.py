@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mtp_jax.fitting.compiled import Collective, array_bytes, bytes_by_kind, collectives, flops
+from mtp_jax.fitting.compiled import Collective, array_bytes, bytes_by_kind, collectives, computations, executed, flops
 
 pytestmark = pytest.mark.quick
 
@@ -66,6 +66,39 @@ def test_collectives_are_counted_as_often_as_they_run():
     ]
 
 
+CONDITIONAL = """HloModule jit_step
+
+%inner (p: f32[64]) -> f32[64] {
+  %p.3 = f32[64]{0} parameter(0)
+  ROOT %twice = f32[64]{0} add(%p.3, %p.3)
+}
+
+%large (p: f32[64]) -> f32[64] {
+  %p.1 = f32[64]{0} parameter(0)
+  ROOT %far = f32[64]{0} fusion(%p.1), kind=kLoop, calls=%inner
+}
+
+%small (p: f32[64]) -> f32[64] {
+  %p.2 = f32[64]{0} parameter(0)
+  ROOT %near = f32[8]{0} negate(%p.2)
+}
+
+ENTRY %main (a: f32[64], b: pred[]) -> f32[64] {
+  %a = f32[64]{0} parameter(0)
+  ROOT %c = f32[64]{0} conditional(%b, %a, %a), BRANCHES
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "branches",
+    ["branch_computations={%large, %small}", "true_computation=%small, false_computation=%large"],
+)
+def test_of_a_conditional_the_smallest_branch_counts(branches):
+    every, entry = computations(CONDITIONAL.replace("BRANCHES", branches))
+    assert executed(every, entry) == {"main": 1, "small": 1}
+
+
 def test_bytes_are_those_a_chip_receives():
     moved = bytes_by_kind(collectives(HLO))
     assert moved == {
@@ -94,3 +127,18 @@ def test_arithmetic_is_counted_through_loops_and_recomputation():
     once = 2 * 4 * 8 * 8
     assert flops(jax.make_jaxpr(loss)(w).jaxpr) == 5 * once
     assert flops(jax.make_jaxpr(jax.grad(loss))(w).jaxpr) == 5 * 4 * once  # forward, again, and two products backward
+
+
+def test_arithmetic_of_groups_and_branches():
+    def grouped(x, w):
+        return jax.lax.ragged_dot(x, w, jnp.array([3, 2], jnp.int32))
+
+    x, w = jnp.ones((6, 8)), jnp.ones((2, 8, 5))
+    assert flops(jax.make_jaxpr(grouped)(x, w).jaxpr) == 2 * 6 * 8 * 5
+    summed = jax.make_jaxpr(jax.grad(lambda *a: grouped(*a).sum(), argnums=(0, 1)))(x, w)
+    assert flops(summed.jaxpr) == 3 * 2 * 6 * 8 * 5  # forward, and two products backward
+
+    def either(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ jnp.ones((8, 2)), lambda x: (x @ jnp.ones((8, 9)))[:, :2], x)
+
+    assert flops(jax.make_jaxpr(either)(x).jaxpr) == 2 * 6 * 8 * 2
