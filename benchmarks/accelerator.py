@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--adapter", metavar="CONFIG.yaml", help="a training config, for the part of that name")
     parser.add_argument("--suites", nargs="*", default=[], help="what its adapter is evaluated on")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="traces of steps, decode and train, for Perfetto")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: every part on small shapes")
     parser.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -116,7 +117,8 @@ def work(a: argparse.Namespace) -> None:
         found = read_json(file)
         if any(found.get(key) != value for key, value in about.items()):
             raise UserError(f"{file}: holds figures of another device or setting; name another --out.")
-    setting = Setting(a.tiny, decoding, training, rank, a.dtype, a.minutes, a.adapter, tuple(a.suites), a.out.resolve())
+    of_adapter = a.adapter, tuple(a.suites), a.out.resolve()
+    setting = Setting(a.tiny, decoding, training, rank, a.dtype, a.minutes, *of_adapter, a.profile)
     failed = False
     for name, measure in importlib.import_module(f"on_device.{a.worker}").cases(setting):
         if "error" not in found["cases"].get(name, {"error": ""}):

@@ -25,16 +25,20 @@ from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import BlockPlan, parse_plan
 from mtp_jax.errors import run_command
 from mtp_jax.model.geometry import Geometry
+from mtp_jax.runs.profile import traced
 
 
-def step_seconds(generator: Generator, plan: BlockPlan, context: int, batch: int, steps: int, repeats: int) -> float:
-    """Median seconds of one step behind `context` tokens."""
+def step_seconds(generator: Generator, plan: BlockPlan, a: argparse.Namespace) -> float:
+    """Median seconds of one step behind the context."""
+    steps, repeats = a.steps, a.repeats
     decoding = Decoding(generator.forward, generator.options.using(plan=plan))
-    behind = Behind(generator, decoding, batch, context, steps * (plan.drafts + 1) * (repeats + 2))
+    behind = Behind(generator, decoding, a.batch_size, a.context, steps * (plan.drafts + 1) * (repeats + 3))
     state, times = behind.fresh(), []
     for _ in range(repeats + 1):
         seconds, state = behind.run(state, steps)
         times.append(seconds / steps)
+    with traced(a.profile and a.profile / str(plan).replace(":", "_")):
+        behind.run(state, steps)
     return statistics.median(times[1:])
 
 
@@ -50,6 +54,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shortlist", type=int, default=256, metavar="C", help="0 for the whole vocabulary")
     parser.add_argument("--one-head", action="store_true", help="base head over all rows in one product")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="a trace of each plan's steps, for Perfetto")
     parser.add_argument("--plans", nargs="+", default=["none", "linear:1", "quadratic:1", "quadratic:2", "quadratic:4"])
     a = parser.parse_args()
     g = Geometry.from_config(json.loads(a.config.read_text()))
@@ -61,7 +66,7 @@ def main() -> None:
     table = Table("plan", "rows", "ms per step", "against plain", "bound, ms", "of the bound")
     plain = None
     for plan in plans:
-        seconds = step_seconds(generator, plan, a.context, a.batch_size, a.steps, a.repeats)
+        seconds = step_seconds(generator, plan, a)
         plain = plain or seconds
         bound = read.of_step(plan.mask_rows, a.batch_size, a.context) / rate
         table.add_row(

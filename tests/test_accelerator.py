@@ -31,7 +31,7 @@ def run(*words):
 
 
 def test_the_rehearsal_measures_every_part_once(tmp_path):
-    words = ("--out", tmp_path, "--tiny", "--minutes", "30", "--dtype", "float32")
+    words = ("--out", tmp_path, "--tiny", "--minutes", "30", "--profile", tmp_path / "traces", "--dtype", "float32")
     done = run(*words)
     assert done.returncode == 0, done.stdout + done.stderr
     parts = {
@@ -50,6 +50,8 @@ def test_the_rehearsal_measures_every_part_once(tmp_path):
     assert "(report.png)" in report and (tmp_path / "report.png").is_file()
     table = report[report.index("## Decoding with forced acceptance") : report.index("## Training steps")]
     assert all(f"{name} (forced)" in table for name in ("tokens per step", "tokens/s", "against none"))
+    traced = {file.relative_to(tmp_path / "traces").parts[0] for file in tmp_path.glob("traces/**/*.xplane.pb")}
+    assert traced == {"steps", "decode", "train"}
     # Again: only what is missing.
     del parts["decode"]["cases"]["batch 2"]
     (tmp_path / "decode.json").write_text(json.dumps(parts["decode"]))
@@ -74,7 +76,7 @@ def test_a_failure_costs_one_case(subject, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setitem(sys.modules, "on_device.steps", types.SimpleNamespace(cases=cases))
     words = {"minutes": 1.0, "geometry": None, "tiny": True, "rank": 8, "dtype": "float32", "adapter": None}
-    a = Namespace(out=tmp_path, worker="steps", suites=[], **words)
+    a = Namespace(out=tmp_path, worker="steps", suites=[], profile=None, **words)
     with pytest.raises(SystemExit, match="1"):
         subject.work(a)
     found = json.loads((tmp_path / "steps.json").read_text())["cases"]

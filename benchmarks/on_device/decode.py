@@ -23,6 +23,7 @@ from on_device.geometries import geometry
 PLANS = ("none", "linear:4", "linear:8", "quadratic:1", "quadratic:2", "quadratic:4", "quadratic:8")
 _FORCED = 7  # the purpose of a key
 _ROUNDS = 3
+_TRACED = 8  # steps of a trace
 
 
 def reach(tokens_per_step: tuple[float, ...]) -> tuple[float, ...]:
@@ -64,6 +65,9 @@ def cases(setting: Setting) -> Cases:
                 depth[name] = batch * new / float(jnp.sum(state.steps))
                 if turn:
                     rates[name].append(batch * new / seconds)
+        for name, run in runs.items():
+            with setting.traced("decode", f"batch_{batch}", name.replace(":", "_")):
+                run.run(run.fresh(), _TRACED)
         middle = {name: statistics.median(found) for name, found in rates.items()}
         return {
             "acceptance": "forced: GSM8k of the paper's Table 1",

@@ -30,11 +30,15 @@ def cases(setting: Setting) -> Cases:
 
     def table(batch: int, context: int) -> dict[str, Any]:
         runs = {name: _Steps(generator, name, {}, batch, context) for name in plans}
+        times = _in_turns(runs)
+        for name, run in runs.items():
+            with setting.traced("steps", f"batch_{batch}_context_{context}", name.replace(":", "_")):
+                run.seconds(1)
         return {"bytes_per_second": rate, "batch": batch, "context": context} | {
             "plans": {
                 name: _figures(seconds, read.of_step(parse_plan(name).mask_rows, batch, context), rate)
                 | {"rows": parse_plan(name).rows}
-                for name, seconds in _in_turns(runs).items()
+                for name, seconds in times.items()
             }
         }
 

@@ -1,5 +1,8 @@
-"""A trace of a few training steps, for TensorBoard or Perfetto."""
+"""Traces for TensorBoard or Perfetto."""
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,8 +10,23 @@ import jax
 _COMPILED, _TRACED = 2, 3  # steps before the trace, and in it
 
 
+@contextlib.contextmanager
+def traced(folder: str | Path | None) -> Iterator[None]:
+    """Within, a trace is written to `folder`; None for none."""
+    if folder is not None:
+        _begin(folder)
+    try:
+        yield
+    finally:
+        if folder is not None:
+            jax.profiler.stop_trace()
+
+
 class Trace:
-    """Use as a context, and call `before` and `after` each step; does nothing without a folder."""
+    """A trace of a few training steps.
+
+    Use as a context, and call `before` and `after` each step; does nothing without a folder.
+    """
 
     def __init__(self, folder: str | None, start: int):
         """`start`: the step that the run continues from."""
@@ -25,9 +43,7 @@ class Trace:
     def before(self, step: int) -> None:
         """Begin in front of the first traced step."""
         if self.folder is not None and step == self.first:
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # it has crashed processes of many threads, and says little of the devices
-            jax.profiler.start_trace(self.folder, profiler_options=options)
+            _begin(self.folder)
             self.going = True
 
     def after(self, step: int, values: Any) -> None:
@@ -36,3 +52,9 @@ class Trace:
             jax.block_until_ready(values)
             jax.profiler.stop_trace()
             self.going = False
+
+
+def _begin(folder: str | Path) -> None:
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # it has crashed processes of many threads, and says little of the devices
+    jax.profiler.start_trace(str(folder), profiler_options=options)
