@@ -67,8 +67,15 @@ def _moved(instruction: Instruction, shapes: dict[str, str], every: dict[str, li
 
 
 def _fusion(inside: list[Instruction], operands: list[str], shape: str) -> int:
-    """What a fusion reads and writes: of an operand that is only sliced, the slices."""
-    by_name = {i.name: i for i in inside}
+    """What a fusion reads and writes: of an operand that is only sliced, the slices.
+
+    Products may run beside a collective that began before: its arrays are handed through and count where it begins.
+    """
+    by_name, root = {i.name: i for i in inside}, inside[-1]
+    text = " ".join(i.rest for i in inside)
+    flying = {i.name for i in inside if "chain_id" in i.rest or "AsyncCollective" in i.rest}
+    if "AsyncCollectiveStart" in text:
+        flying = set()
     uses: dict[str, list[tuple[Instruction, int]]] = defaultdict(list)
     for instruction in inside:
         for at, name in enumerate(_OPERAND.findall(instruction.rest.split("), ")[0])):
@@ -87,6 +94,8 @@ def _fusion(inside: list[Instruction], operands: list[str], shape: str) -> int:
     for parameter in (i for i in inside if i.op == "parameter"):
         number = int(parameter.rest.split(")")[0])
         users = ends(parameter.name)
+        if flying and all(user.name in flying or user is root for user, _ in users):
+            continue
         if users and all(user.op in _SLICES and at == 0 for user, at in users):
             moved += sum(_size(user.shape) for user, _ in users) if not _ON_CHIP.search(operands[number]) else 0
         elif users and all(user.op == "dynamic-update-slice" and at == 0 for user, at in users):
@@ -96,7 +105,13 @@ def _fusion(inside: list[Instruction], operands: list[str], shape: str) -> int:
                 moved += 2 * _size(by_name[update].shape)
         else:
             moved += _size(operands[number])
-    return moved if updated else moved + _size(shape)
+    if updated:
+        return moved
+    if not flying:
+        return moved + _size(shape)
+    results = _OPERAND.findall(root.rest.split("), ")[0]) if root.op == "tuple" else [root.name]
+    own = (name not in flying and by_name[name].op != "parameter" for name in results)
+    return moved + sum(_size(piece) for piece, is_own in zip(_pieces(shape), own, strict=True) if is_own)
 
 
 def _size(shape: str) -> int:

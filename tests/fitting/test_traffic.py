@@ -122,3 +122,46 @@ ENTRY %main (w: bf16[512,256], x: f32[256]) -> f32[256] {
 
 def test_what_is_fetched_in_parts_is_read_once():
     assert traffic(FETCHED)["all"] == 2 * 512 * 256 + 4 * 256 + 4 * 256
+
+
+# A gather that begins, goes on beside a product, and ends.
+FLYING = """\
+HloModule jit_f
+
+%begin (p: bf16[64,512]) -> (bf16[64,512], bf16[256,512]) {
+  %p = bf16[64,512]{1,0} parameter(0)
+  %gather.1 = bf16[256,512]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="0"}
+  ROOT %start = (bf16[64,512]{1,0:T(8,128)S(1)}, bf16[256,512]{1,0}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p.1: bf16[64,512], p.2: bf16[256,512], x: f32[8,8]) -> (f32[8,8], bf16[64,512], bf16[256,512]) {
+  %x = f32[8,8]{1,0} parameter(2)
+  %product = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %p.1 = bf16[64,512]{1,0} parameter(0)
+  %p.2 = bf16[256,512]{1,0} parameter(1)
+  %gather.2 = bf16[256,512]{1,0} all-gather(%p.1), channel_id=1, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="0"}
+  ROOT %next = (f32[8,8]{1,0}, bf16[64,512]{1,0}, bf16[256,512]{1,0}) tuple(%product, %p.1, %gather.2)
+}
+
+%end (p.3: bf16[64,512]) -> bf16[256,512] {
+  %p.3 = bf16[64,512]{1,0} parameter(0)
+  %gather.3 = bf16[256,512]{1,0} all-gather(%p.3), channel_id=1, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="0"}
+  ROOT %done = bf16[256,512]{1,0} custom-call(%p.3, %gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: bf16[64,512], b: f32[8,8]) -> bf16[256,512] {
+  %a = bf16[64,512]{1,0} parameter(0)
+  %b = f32[8,8]{1,0} parameter(1)
+  %f = (bf16[64,512]{1,0:T(8,128)S(1)}, bf16[256,512]{1,0}) fusion(%a), kind=kCustom, calls=%begin
+  %f.1 = bf16[64,512]{1,0} get-tuple-element(%f), index=0
+  %f.2 = bf16[256,512]{1,0} get-tuple-element(%f), index=1
+  %g = (f32[8,8]{1,0}, bf16[64,512]{1,0}, bf16[256,512]{1,0}) fusion(%f.1, %f.2, %b), kind=kOutput, calls=%beside
+  %g.1 = bf16[64,512]{1,0} get-tuple-element(%g), index=1
+  ROOT %h = bf16[256,512]{1,0} fusion(%g.1), kind=kCustom, calls=%end
+}
+"""  # noqa: E501
+
+
+def test_a_collective_beside_products_counts_where_it_begins():
+    gather, product = 2 * 512 * (64 + 256), 2 * 4 * 64
+    assert traffic(FLYING)["all"] == gather + product
