@@ -49,6 +49,8 @@ def _moved(instruction: Instruction, shapes: dict[str, str], every: dict[str, li
     op = instruction.op
     if op in _FREE or op.endswith("-done"):
         return 0
+    if op == "custom-call" and "called_computations=" in instruction.rest:  # a call, as of a gather beside the products
+        return 0
     operands = [name for name in _OPERAND.findall(instruction.rest.split("), ")[0]) if name in shapes]
     if op == "fusion":
         (inside,) = [every[name] for name in _called(instruction)]

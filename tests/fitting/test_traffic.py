@@ -165,3 +165,31 @@ ENTRY %main (a: bf16[64,512], b: f32[8,8]) -> bf16[256,512] {
 def test_a_collective_beside_products_counts_where_it_begins():
     gather, product = 2 * 512 * (64 + 256), 2 * 4 * 64
     assert traffic(FLYING)["all"] == gather + product
+
+
+GATHERED = """\
+HloModule jit_f
+
+%rows (p: bf16[4096,512], i: s32[64]) -> bf16[64,512] {
+  %p = bf16[4096,512]{1,0} parameter(0)
+  %i = s32[64]{0} parameter(1)
+  ROOT %g = bf16[64,512]{1,0} gather(%p, %i), offset_dims={1}, collapsed_slice_dims={0}, slice_sizes={1,512}
+}
+
+%beside (p.1: bf16[4096,512], i.1: s32[64]) -> bf16[64,512] {
+  %p.1 = bf16[4096,512]{1,0} parameter(0)
+  %i.1 = s32[64]{0} parameter(1)
+  ROOT %c = bf16[64,512]{1,0} custom-call(%p.1, %i.1), custom_call_target="Beside", called_computations={%rows}
+}
+
+ENTRY %main (a: bf16[4096,512], b: s32[64]) -> bf16[64,512] {
+  %a = bf16[4096,512]{1,0} parameter(0)
+  %b = s32[64]{0} parameter(1)
+  %s = ((bf16[4096,512], s32[64]), bf16[64,512], u32[]) async-start(%a, %b), calls=%beside
+  ROOT %d = bf16[64,512]{1,0} async-done(%s)
+}
+"""
+
+
+def test_rows_that_are_gathered_beside_products_count_once():
+    assert traffic(GATHERED)["all"] == 2 * 2 * 64 * 512
