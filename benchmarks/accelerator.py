@@ -122,6 +122,8 @@ def work(a: argparse.Namespace) -> None:
     failed = False
     for name, measure in importlib.import_module(f"on_device.{a.worker}").cases(setting):
         if "error" not in found["cases"].get(name, {"error": ""}):
+            if a.profile:
+                print(f"{a.worker}: {name}: measured before, so there is no trace; name another --out", flush=True)
             continue
         if time.monotonic() > end:
             print(f"{a.worker}: no time for {name}; run again for the rest", flush=True)

@@ -11,6 +11,7 @@ from mtp_jax.cpu import fastest_forward
 from mtp_jax.decoding.generator import Generator
 from mtp_jax.decoding.loop import DecodeState, Decoding, Limits
 from mtp_jax.decoding.options import Options
+from mtp_jax.errors import UserError
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.weights import PROJECTIONS, init_params, unstack_layers
@@ -32,6 +33,8 @@ def bandwidth() -> float:
 
 def random_generator(g: Geometry, masks: int, rank: int, dtype: Any, options: Options) -> Generator:
     """A generator of random weights, bfloat16 numbers as in most checkpoints, whose adapter has `masks` masks."""
+    if g.experts:
+        raise UserError("a step of a mixture of experts reads those that its rows choose; give a dense model.")
     params = jax.jit(lambda key: init_params(g, key, jnp.bfloat16))(jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     shape = AdapterShape(masks, rank, 2.0 * rank, PROJECTIONS, "residual")

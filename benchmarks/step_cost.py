@@ -37,8 +37,9 @@ def step_seconds(generator: Generator, plan: BlockPlan, a: argparse.Namespace) -
     for _ in range(repeats + 1):
         seconds, state = behind.run(state, steps)
         times.append(seconds / steps)
-    with traced(a.profile and a.profile / str(plan).replace(":", "_")):
-        behind.run(state, steps)
+    if a.profile:
+        with traced(a.profile / str(plan).replace(":", "_")):
+            behind.run(state, steps)
     return statistics.median(times[1:])
 
 

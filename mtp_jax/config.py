@@ -42,7 +42,7 @@ class Model(_Section):
     geometry: str | None = None  # preflight: a config.json to read in place of the one of `path`
     adapter: str | None = None  # multi_token: an adapter to start from, in place of a fresh one
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # losses, norms and softmax are float32 always
-    weights: Literal["stored", "int8"] = "stored"  # int8: of a frozen base, a scale per output channel
+    weights: Literal["stored", "int8"] = "stored"  # int8: projections and head of a frozen base
     save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # of the folder a finished run writes
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # of real rows in training; auto by platform

@@ -1,6 +1,5 @@
 """The parts of benchmarks/accelerator.py: each yields named cases, the most telling first."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,8 @@ class Setting:
     out: Path = Path()
     profile: Path | None = None  # a folder for traces
 
-    def traced(self, *names: str) -> contextlib.AbstractContextManager[None]:
-        """Within, a trace is written where one is wanted, into a folder below it."""
-        return traced(None if self.profile is None else self.profile.joinpath(*names))
+    def trace(self, run: Callable[[], object], *names: str) -> None:
+        """Run once more into a trace, in a folder of these names, where traces are wanted."""
+        if self.profile is not None:
+            with traced(self.profile.joinpath(*names)):
+                run()

@@ -66,8 +66,8 @@ def cases(setting: Setting) -> Cases:
                 if turn:
                     rates[name].append(batch * new / seconds)
         for name, run in runs.items():
-            with setting.traced("decode", f"batch_{batch}", name.replace(":", "_")):
-                run.run(run.fresh(), _TRACED)
+            place = "decode", f"batch_{batch}", name.replace(":", "_")
+            setting.trace(lambda run=run: run.run(run.fresh(), _TRACED), *place)
         middle = {name: statistics.median(found) for name, found in rates.items()}
         return {
             "acceptance": "forced: GSM8k of the paper's Table 1",

@@ -32,8 +32,8 @@ def cases(setting: Setting) -> Cases:
         runs = {name: _Steps(generator, name, {}, batch, context) for name in plans}
         times = _in_turns(runs)
         for name, run in runs.items():
-            with setting.traced("steps", f"batch_{batch}_context_{context}", name.replace(":", "_")):
-                run.seconds(1)
+            place = "steps", f"batch_{batch}_context_{context}", name.replace(":", "_")
+            setting.trace(lambda run=run: run.seconds(1), *place)
         return {"bytes_per_second": rate, "batch": batch, "context": context} | {
             "plans": {
                 name: _figures(seconds, read.of_step(parse_plan(name).mask_rows, batch, context), rate)

@@ -98,9 +98,8 @@ def measure(setting: Setting, name: str, masks: int, anchors: int | str, length:
             state, values = compiled(state, {"params": params}, batch)
             jax.block_until_ready(values)
             seconds.append(time.perf_counter() - begin)
-        with setting.traced("train", f"{Path(name).stem}_{masks}_masks_{anchors}_anchors_{attention}"):
-            state, values = compiled(state, {"params": params}, batch)
-            jax.block_until_ready(values)
+        place = "train", f"{Path(name).stem}_{masks}_masks_{anchors}_anchors_{attention}"
+        setting.trace(lambda: jax.block_until_ready(compiled(state, {"params": params}, batch)), *place)
     middle = statistics.median(seconds[1:])
     needed = model_flops(objective, config.train.batch_size, length, blocks)
     peak = peak_flops(jax.devices()[0])

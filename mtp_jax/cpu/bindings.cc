@@ -44,9 +44,8 @@ ffi::Error Product(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer w, ffi::Result
   return ffi::Error::Success();
 }
 
-// `args` are for each layer its norms' scales; for each group its panels, their scales where they are
-// whole numbers, bias, a and b; and the cache's keys and values,
-// which `rets` alias.
+// `args` are for each layer its norms' scales; for each group its panels, their scales where they are whole numbers, bias,
+// a and b; and the cache's keys and values, which `rets` alias.
 ffi::Error Layers(ffi::ThreadPool pool, Ids tokens, ffi::AnyBuffer embedding, Matrix masks, Heads cosine, Heads sine,
                   Bounds low, Bounds high, Marks seen, Ints start, Vector final_scale, ffi::RemainingArgs args,
                   ffi::Result<Rows> latents, ffi::RemainingRets rets, ffi::Dictionary attrs) {

@@ -30,8 +30,9 @@ inline void load_row(const int8_t* from, Lanes (&v)[VECTORS]) {
   for (int c = 0; c < VECTORS; ++c) v[c] = load(from + c * LANES);
 }
 
-// R rows of x, X apart, by a panel of K rows, with a scale for each column or none, into `width` columns of y. Of the panel's rows every `every`-th, from number
-// `fetch` on, lets what lies `ahead` of it be brought into cache, as long as it lies before `until`.
+// R rows of x, X apart, by a panel of K rows, with a scale for each column or none, into `width` columns of y. Of the
+// panel's rows every `every`-th, from number `fetch` on, lets what lies `ahead` of it be brought into cache, as long as it
+// lies before `until`.
 template <int R, bool ADD, typename Number>
 void panel(const float* x, int64_t X, const Number* w, int64_t K, float* y, int64_t stride, int64_t width, int64_t ahead,
            const Number* until, int fetch, int every, const float* scale) {

@@ -86,6 +86,10 @@ class Decoders:
                 raise UserError("--plans auto chooses how to use an adapter: give --adapter too.")
             if name.startswith("draft:") and draft is None:
                 raise UserError(f"--plans {name}: verifies drafts of a smaller model: give --draft-model too.")
+            if name in TRANSFORMERS and base.g.int8:
+                raise UserError(
+                    f"--plans {name}: would run the stored weights, another model; leave it out, or --weights."
+                )
             if name not in ("auto", *TRANSFORMERS) and name.split(":")[0] in ("linear", "quadratic", "blocks"):
                 generator.using(plan=parse_plan(name))  # refused where the adapter has too few masks
         if draft is not None and any(name.startswith("draft:") for name in names):

@@ -81,6 +81,7 @@ class Results(TypedDict):
     model: str
     adapter: str | None
     draft_model: str | None
+    weights: str
     dtype: str
     device: str
     masks: int | None

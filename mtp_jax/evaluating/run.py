@@ -76,6 +76,7 @@ def evaluate(wanted: Wanted) -> Results:
         model=wanted.model,
         adapter=wanted.adapter,
         draft_model=wanted.draft_model,
+        weights=base.weights,
         dtype=wanted.dtype,
         device=jax.devices()[0].device_kind,
         masks=None if adapter is None else adapter.shape.masks,

@@ -269,6 +269,7 @@ def head(results: Results) -> list[tuple[str, str]]:
     settings = {name.replace("_", " "): value for name, value in results["settings"].items() if value is not None}
     facts = [
         ("model", results["model"]),
+        ("weights", None if results["weights"] == "stored" else results["weights"]),
         ("adapter", results["adapter"]),
         ("masks", results["masks"]),
         ("draft model", results["draft_model"]),

@@ -48,7 +48,8 @@ def _misfits(source: Source, engine: str) -> Iterator[str]:
     shape, g = source.adapter.shape, source.base.g
     if not g.plain:
         yield (
-            f"engines were checked for the layers of llama, mistral, qwen2 and qwen3, not of {g.family}; "
+            "engines were checked for layers as of llama, mistral, qwen2 and qwen3, and those of this model "
+            f"({g.family}) differ; "
             "serve it with transformers (export without --engine)"
         )
     if not shape.gated:
@@ -165,6 +166,12 @@ def serve_command(source: Source, engine: str, folder: str) -> list[str]:
     ]
 
 
+def _of_int8(source: Source) -> str:
+    if not source.base.g.int8:
+        return ""
+    return "It was trained on the base held as int8 (`weights: int8` in mtp_jax); serve the base as you like.\n\n"
+
+
 def _card(source: Source, engine: str) -> str:
     assert source.adapter is not None
     shape, known = source.adapter.shape, source.hub_name or Path(source.name.removeprefix("bundled:")).name
@@ -178,6 +185,7 @@ def _card(source: Source, engine: str) -> str:
             "ids, behind which alone the LoRA acts\n"
             "- `sampler_model.safetensors`: the sampler head\n"
             f"- the base's tokenizer with `<mask_1>` to `<mask_{shape.masks}>`\n\n"
+            f"{_of_int8(source)}"
             "The masks are tokens of the vocabulary there, so bar their ids from the output: the base's own text never "
             "holds them.\n"
         )
@@ -198,7 +206,7 @@ def _card(source: Source, engine: str) -> str:
         f"```sh\n{lines}\n```\n\n"
         f"Checked against the sources of {CHECKED[engine]}, and not run there. At most {shape.masks + 1} draft tokens: "
         "so many were trained.\n\n"
-        f"{figures}"
+        f"{figures}{_of_int8(source)}"
         "**Do not merge it** or apply it to all rows: the result is not the base model.\n\n"
         f"mtp_jax reads it back: `python -m mtp_jax.generate --model {source.hub_name or 'BASE'} --adapter .`\n"
     )

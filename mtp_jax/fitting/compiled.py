@@ -107,8 +107,8 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 def executed(every: dict[str, list[Instruction]], entry: str) -> dict[str, int]:
     """How often a step runs each computation.
 
-    Of a conditional's branches the one that writes least counts: larger ones are for rare cases, as where most rows
-    choose the same experts.
+    Of a conditional's branches the one that writes least counts. They are alike, as for windows of layers, or the
+    larger is for a rare case, as where most rows choose the same experts.
     """
     times: dict[str, int] = defaultdict(int)
 

@@ -27,7 +27,7 @@ def traffic(text: str, scopes: Iterable[str] = ()) -> dict[str, int]:
     """
     every, entry = computations(text)
     found: dict[str, int] = defaultdict(int)
-    fused = {name for body in every.values() for i in body if i.op == "fusion" for name in _called(i)}
+    fused = {name for body in every.values() for i in body if i.op == "fusion" for name in _fused(i)}
     for name, times in executed(every, entry).items():
         if name in fused:
             continue
@@ -41,19 +41,27 @@ def traffic(text: str, scopes: Iterable[str] = ()) -> dict[str, int]:
     return dict(found)
 
 
-def _called(instruction: Instruction) -> list[str]:
+def _fused(instruction: Instruction) -> list[str]:
     return re.findall(r"\bcalls=%?([\w.-]+)", instruction.rest)
+
+
+def _calls_alike(instruction: Instruction, every: dict[str, list[Instruction]]) -> bool:
+    """Whether it calls what gives its own result; others call a comparison."""
+    called = re.findall(r"called_computations=\{%?([\w.-]+)\}", instruction.rest)
+    return any(_size(every[name][-1].shape) == _size(instruction.shape) for name in called if every.get(name))
 
 
 def _moved(instruction: Instruction, shapes: dict[str, str], every: dict[str, list[Instruction]]) -> int:
     op = instruction.op
     if op in _FREE or op.endswith("-done"):
         return 0
-    if op == "custom-call" and "called_computations=" in instruction.rest:  # a call, as of a gather beside the products
+    if op == "custom-call" and _calls_alike(
+        instruction, every
+    ):  # a gather beside the products, which is counted itself
         return 0
     operands = [name for name in _OPERAND.findall(instruction.rest.split("), ")[0]) if name in shapes]
     if op == "fusion":
-        (inside,) = [every[name] for name in _called(instruction)]
+        (inside,) = [every[name] for name in _fused(instruction)]
         return _fusion(inside, [shapes[name] for name in operands], instruction.shape)
     written = _size(instruction.shape)
     if op in _SLICES:  # read wherever the result goes
@@ -112,8 +120,11 @@ def _fusion(inside: list[Instruction], operands: list[str], shape: str) -> int:
     if not flying:
         return moved + _size(shape)
     results = _OPERAND.findall(root.rest.split("), ")[0]) if root.op == "tuple" else [root.name]
+    pieces = _pieces(shape)
+    if len(pieces) != len(results):
+        return moved + _size(shape)
     own = (name not in flying and by_name[name].op != "parameter" for name in results)
-    return moved + sum(_size(piece) for piece, is_own in zip(_pieces(shape), own, strict=True) if is_own)
+    return moved + sum(_size(piece) for piece, is_own in zip(pieces, own, strict=True) if is_own)
 
 
 def _size(shape: str) -> int:

@@ -109,8 +109,11 @@ def open_base(name: str, revision: str | None = None, weights: str = "stored") -
         weights: "stored", or "int8" to quantise projections and head while they are loaded: then this is another
             model, whose own output it is that decoding gives.
     Raises:
-        UserError: nothing of that name, an unsupported architecture, missing, unexpected or misshapen tensors.
+        UserError: nothing of that name, weights held otherwise, an unsupported architecture, missing, unexpected or
+            misshapen tensors.
     """
+    if weights not in ("stored", "int8"):
+        raise UserError(f'weights={weights!r}: should be "stored" or "int8".')
     folder = find_folder(name, revision)
     g = replace(read_geometry(folder), int8=weights == "int8")
     return Base(name, folder, g, text_config(read_json(folder / "config.json")), open_tensors(folder, g))

@@ -73,15 +73,17 @@ class Decoder(nn.Module):
         g = self.g
         x = nn.with_logical_constraint(self._embedded(tokens), ("batch", "rows", None))
         every, kinds = g.kinds
-        windows = [kind.window for kind in every]
+        windows = list(dict.fromkeys(kind.window for kind in every))
+        of_kind = [windows.index(kind.window) for kind in every]
         visible = jnp.stack([visibility(positions, positions, segments, segments, window) for window in windows])
         cos, sin = angles_of(every, positions, positions.max(axis=1, keepdims=True) + 1)
         scores_of = Scores.of(g)
 
         def attention(q: Array, held: LayerCache, kind: Any) -> Array:
+            window = jnp.asarray(of_kind)[kind] if len(windows) > 1 else 0
             if self.attention == "xla" or misfit(self.attention, q.shape[1], g.H, q.dtype, scores_of):
-                return attend_rows(q, held, visible[kind], scores_of)
-            return flash(self.attention, q, held, visible, segments, windows, kind, scores_of.scale)
+                return attend_rows(q, held, visible[window], scores_of)
+            return flash(self.attention, q, held, visible, segments, windows, window, scores_of.scale)
 
         def body(layer: Layer, x: Array, kind: Any) -> tuple[Array, LayerCache | None]:
             return layer.real(x, cos, sin, kind, adapted, keep, attention)

@@ -254,25 +254,31 @@ def _part(
             at = [span.start + i for span, i in zip(spans, slot, strict=False)]
             stored, key = sources[int(np.ravel_multi_index(at, counts)) if at else 0]
             if weight.quantised:
-                block[slot] = _quantised(stored, key, inner, weight)
+                block[slot] = _quantised(stored, key, inner, weight, read)
             else:
                 _read_into(block[slot], stored, key, tuple(inner), weight.transposed)
     return read[spans]
 
 
-def _quantised(stored: Stored, key: str, index: list[slice], weight: Weight) -> np.ndarray:
+def _quantised(stored: Stored, key: str, index: list[slice], weight: Weight, read: dict[Any, np.ndarray]) -> np.ndarray:
     """A part of a matrix as whole numbers, or of its scales; either needs the whole of each output channel.
 
-    Channels are the rows of the stored matrix, and of ours too where it is not transposed.
+    Channels are the rows of the stored matrix, and of ours too where it is not transposed. Where a part has not the
+    whole of them, they are kept in `read` for the parts that have the rest.
     """
     channels = index[-1] if weight.transposed else index[0]
     rest = index[0] if weight.transposed else index[-1]
-    width, parts = stored.shape[1], []
-    step = max(1, _READ_BYTES // (4 * width))
-    for at in range(channels.start, channels.stop, step):
-        part = np.empty((width, min(step, channels.stop - at)), np.float32)
-        _read_into(part, stored, key, (slice(0, width), slice(at, at + part.shape[1])), transposed=True)
-        values, scale = quantise(part)
-        parts.append(scale if weight.quantised == "scale" else values[rest])
-    whole = np.concatenate(parts, axis=-1)
-    return whole.T if weight.quantised == "values" and not weight.transposed else whole
+    width, name = stored.shape[1], (key, channels.start, channels.stop)
+    if (whole := read.get(name)) is None:
+        parts, step = [], max(1, _READ_BYTES // (4 * width))
+        for at in range(channels.start, channels.stop, step):
+            part = np.empty((width, min(step, channels.stop - at)), np.float32)
+            _read_into(part, stored, key, (slice(0, width), slice(at, at + part.shape[1])), transposed=True)
+            values, scale = quantise(part)
+            parts.append(scale if weight.quantised == "scale" else values)
+        whole = np.concatenate(parts, axis=-1)
+    if weight.quantised == "scale":
+        return whole
+    if rest.stop - rest.start < width:
+        read[name] = whole
+    return whole[rest] if weight.transposed else whole[rest].T

@@ -151,7 +151,7 @@ class Geometry:
             fields["experts"], F = _experts(read, fields["experts"])
         windows, ropes = family.windows(read, L), family.ropes(read, H, positions, L)
         if read.faults:
-            raise UserError(*read.faults)
+            raise UserError(*dict.fromkeys(read.faults))
         return cls(
             family=name,
             V=V,
@@ -179,10 +179,12 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
         return config
     text = dict(config.get("text_config") or {})
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
-    return {**text, "model_type": TEXT_PARTS[config["model_type"]], "tie_word_embeddings": tied}
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+    return {**text, **ids, "model_type": TEXT_PARTS[config["model_type"]], "tie_word_embeddings": tied}
 
 
 def _query_scale(read: Reader, said: dict[str, Any]) -> float | None:
+    # The scale belongs to a width: with the one of absent keys beside it, a wrong one would go unseen.
     if "query_pre_attn_scalar" in said and "head_dim" not in said:
         read.fault("query_pre_attn_scalar is set, but not head_dim; state the width of a head beside it.")
     scalar = read.factor("query_pre_attn_scalar")

@@ -41,20 +41,20 @@ def flash(
     kernel: str,
     q: Float[Array, "B R N H"],
     real: LayerCache,
-    visible: Bool[Array, "kinds B R R"],
+    visible: Bool[Array, "windows B R R"],
     segments: Int[Array, "B R"] | None,
     windows: list[int | None],
-    kind: Int[Array, ""] | int,
+    window: Int[Array, ""] | int,
     scale: float,
 ) -> Float[Array, "B R N H"]:
-    """What `attend` gives: a row sees its own segment up to itself, within the window of its kind of layer."""
+    """What `attend` gives: a row sees its own segment up to itself, within the window of that number."""
     if kernel == "cudnn":
         k, v = (x.swapaxes(1, 2) for x in real)
-        return jax.nn.dot_product_attention(q, k, v, mask=visible[kind][:, None], scale=scale, implementation="cudnn")
-    branches = [functools.partial(splash, scale=scale, window=window) for window in windows]
+        return jax.nn.dot_product_attention(q, k, v, mask=visible[window][:, None], scale=scale, implementation="cudnn")
+    branches = [functools.partial(splash, scale=scale, window=one) for one in windows]
     if len(branches) == 1:
         return branches[0](q, real, segments)
-    return jax.lax.switch(kind, branches, q, real, segments)
+    return jax.lax.switch(window, branches, q, real, segments)
 
 
 def splash(

@@ -11,15 +11,13 @@ _COMPILED, _TRACED = 2, 3  # steps before the trace, and in it
 
 
 @contextlib.contextmanager
-def traced(folder: str | Path | None) -> Iterator[None]:
-    """Within, a trace is written to `folder`; None for none."""
-    if folder is not None:
-        _begin(folder)
+def traced(folder: str | Path) -> Iterator[None]:
+    """Within, a trace is written to `folder`."""
+    _begin(folder)
     try:
         yield
     finally:
-        if folder is not None:
-            jax.profiler.stop_trace()
+        jax.profiler.stop_trace()
 
 
 class Trace:

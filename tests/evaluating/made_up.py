@@ -160,6 +160,7 @@ def results(suites=tuple(SUITES), decoders=DECODERS, batch_sizes=BATCH_SIZES):
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "adapter": "runs/smollm2",
         "draft_model": "org/smaller-model",
+        "weights": "int8",
         "dtype": "float32",
         "device": "cpu, 2 cores",
         "masks": 8,

@@ -294,7 +294,7 @@ def test_page_and_markdown_hold_the_same_figures(tree):
 def test_nothing_of_the_tree_becomes_a_tag(tree):
     plain = Page(page(tree, [Drawing("t", "c", "<svg></svg>")])).tags
     hostile = copy.deepcopy(tree)
-    for name in ("model", "adapter", "draft_model", "device", "dtype", "command"):
+    for name in ("model", "weights", "adapter", "draft_model", "device", "dtype", "command"):
         hostile[name] = HOSTILE
     hostile["versions"] = {name: HOSTILE for name in tree["versions"]}
     for suite in hostile["suites"]:

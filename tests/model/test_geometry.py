@@ -15,7 +15,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.model.attention import Scores
 from mtp_jax.model.families import FAMILIES
 from mtp_jax.model.folder import read_geometry
-from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.geometry import Geometry, text_config
 from mtp_jax.model.weights import weight_table
 
 pytestmark = pytest.mark.quick
@@ -220,3 +220,9 @@ def test_what_is_not_supported_is_refused_by_name(name):
 def test_quantization_config_of_any_kind_is_refused():
     with pytest.raises(UserError, match="quantised"):
         geometry(quantization_config="awq")
+
+
+def test_ids_of_a_checkpoint_of_several_modalities_are_those_of_the_whole():
+    config = {"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": {"eos_token_id": 1, "pad_token_id": 0}}
+    text = text_config(config)
+    assert (text["model_type"], text["eos_token_id"], text["pad_token_id"]) == ("gemma3_text", [1, 106], 0)

@@ -16,11 +16,13 @@ import mtp_jax
 from mtp_jax.config_file import validate
 from mtp_jax.decoding.plan import parse_plan
 from mtp_jax.errors import UserError
+from mtp_jax.model import folder
 from mtp_jax.model.base import open_base
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
 from mtp_jax.model.int8 import quantise
 from mtp_jax.model.projection import product
+from mtp_jax.model.weights import weight_table
 from mtp_jax.mtp.adapter import AdapterShape, init_adapter
 from mtp_jax.mtp.adapter_folder import open_adapter
 from mtp_jax.mtp.blocks import choose_anchors
@@ -173,6 +175,24 @@ def test_the_commands_take_it(pair, command):
     assert refused.code == 2 and len(refused.errors) == 1 and "--weights int8" in refused.errors[0]
 
 
+def test_transformers_would_run_another_model(pair, command, tmp_path):
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "the cat"}\n')
+    options = (
+        "--model",
+        pair[0],
+        "--suite",
+        tmp_path / "asked.jsonl",
+        "--plans",
+        "none,transformers",
+        "--out",
+        tmp_path / "out",
+    )
+    refused = command("evaluate", *options, "--weights", "int8")
+    assert refused.code == 2 and refused.errors == [
+        "--plans transformers: would run the stored weights, another model; leave it out, or --weights."
+    ]
+
+
 def test_a_base_that_is_trained_is_refused(tree):
     tree["model"]["weights"] = "int8"
     with pytest.raises(UserError, match="weights: int8 is for a frozen base"):
@@ -182,3 +202,24 @@ def test_a_base_that_is_trained_is_refused(tree):
 def test_a_quantised_checkpoint_is_told_of_it():
     with pytest.raises(UserError, match=r"quantised \(awq\).*model.weights: int8"):
         Geometry.from_config({"model_type": "llama", "quantization_config": {"quant_method": "awq"}})
+
+
+def test_weights_held_otherwise_are_refused(small_folder):
+    with pytest.raises(UserError, match='weights=\'INT8\': should be "stored" or "int8"'):
+        mtp_jax.load(str(small_folder), weights="INT8")
+
+
+def test_channels_in_parts_are_quantised_once(small_folder, monkeypatch):
+    base, counted, read = open_base(str(small_folder), weights="int8"), [], {}
+    monkeypatch.setattr(folder, "quantise", lambda matrix: counted.append(matrix.size) or quantise(matrix))
+    weight = next(w for w in weight_table(base.g) if w.path == ("layers", "q", "kernel"))
+    sources = [(base.tensors.stored[key], key) for key in weight.stored_keys()]
+    L, rows, columns = weight.shape
+    parts = [
+        folder._part(
+            weight, sources, np.dtype(np.int8), read, (slice(0, L), slice(at, at + rows // 4), slice(0, columns))
+        )
+        for at in range(0, rows, rows // 4)
+    ]
+    assert sum(counted) == L * rows * columns
+    assert (np.concatenate(parts, axis=1) == np.asarray(base.load()["layers"]["q"]["kernel"])).all()
