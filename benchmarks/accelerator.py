@@ -63,6 +63,10 @@ def main() -> None:
 
         geometry(a.geometry)
     if a.worker:
+        if a.profile:
+            from mtp_jax.runs.profile import check_profiler
+
+            check_profiler()
         work(a)
         return
     a.out.mkdir(parents=True, exist_ok=True)

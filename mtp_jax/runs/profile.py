@@ -1,18 +1,27 @@
 """Traces for TensorBoard or Perfetto."""
 
 import contextlib
+import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from mtp_jax.errors import UserError
+
 _COMPILED, _TRACED = 2, 3  # steps before the trace, and in it
 
 
 @contextlib.contextmanager
 def traced(folder: str | Path) -> Iterator[None]:
-    """Within, a trace is written to `folder`."""
+    """Within, a trace is written to `folder`.
+
+    Raises:
+        UserError: JAX cannot trace here.
+    """
+    check_profiler()
     _begin(folder)
     try:
         yield
@@ -50,6 +59,16 @@ class Trace:
             jax.block_until_ready(values)
             jax.profiler.stop_trace()
             self.going = False
+
+
+def check_profiler() -> None:
+    """Raise UserError where the profiler would end the process: it asks libtpu, which has found no TPU."""
+    asked, backend = os.environ.get("JAX_PLATFORMS", ""), jax.default_backend()
+    if backend != "tpu" and importlib.util.find_spec("libtpu") and (not asked or "tpu" in asked):
+        raise UserError(
+            "--profile: libtpu is installed here without a TPU, and JAX's profiler fails then; set "
+            f"JAX_PLATFORMS={backend}."
+        )
 
 
 def _begin(folder: str | Path) -> None:

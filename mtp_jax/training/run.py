@@ -24,7 +24,7 @@ from mtp_jax.runs.checkpoints import Checkpoints
 from mtp_jax.runs.claim import claim
 from mtp_jax.runs.folder import RunFolder
 from mtp_jax.runs.interruption import Interruption
-from mtp_jax.runs.profile import Trace
+from mtp_jax.runs.profile import Trace, check_profiler
 from mtp_jax.runs.progress import ProgressBar
 from mtp_jax.runs.records import Best, Journal, Trackers, check_trackers
 from mtp_jax.training.flops import peak_flops
@@ -41,9 +41,12 @@ def train(config: Config, profile: str | None = None) -> str:
     Args:
         profile: a folder for a trace of a few steps, once all is compiled; it does not change the run.
     Raises:
-        UserError: input that cannot be trained on, an output folder of another run, a loss that is not finite.
+        UserError: input that cannot be trained on, an output folder of another run, a loss that is not finite, a
+            profile that JAX cannot write here.
         Interrupted: by SIGTERM or Ctrl-C; the last step is saved.
     """
+    if profile is not None:
+        check_profiler()
     # ---- mesh
     mesh = sharding.make_mesh(config.mesh)
     check_divides(config, mesh)

@@ -1,5 +1,6 @@
 """A trace of a few steps changes nothing else, and each step's arithmetic is told."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from mtp_jax.config_file import validate
-from mtp_jax.runs.profile import Trace
+from mtp_jax.errors import UserError
+from mtp_jax.runs.profile import Trace, check_profiler
 from mtp_jax.training import run as subject
 from mtp_jax.training.run import train
 
@@ -59,3 +61,14 @@ def test_timing_has_each_steps_arithmetic(tree, monkeypatch, peak):
         assert ("share_of_peak" in line) == (peak is not None)
         if peak is not None:
             assert line["share_of_peak"] == pytest.approx(line["model_tflops_per_second"] * 1e12 / peak, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("platforms", "libtpu", "refused"),
+    [("", True, True), ("tpu,cpu", True, True), ("cpu", True, False), ("", False, False)],
+)
+def test_a_profiler_that_would_end_the_process_is_not_begun(monkeypatch, platforms, libtpu, refused):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: libtpu or None)
+    with pytest.raises(UserError, match="set JAX_PLATFORMS=cpu") if refused else contextlib.nullcontext():
+        check_profiler()
