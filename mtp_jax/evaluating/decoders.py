@@ -88,7 +88,7 @@ class Decoders:
                 raise UserError(f"--plans {name}: verifies drafts of a smaller model: give --draft-model too.")
             if name in TRANSFORMERS and base.g.int8:
                 raise UserError(
-                    f"--plans {name}: would run the stored weights, another model; leave it out, or --weights."
+                    f"--plans {name}: would run the stored weights, another model; leave it out, or --weights int8."
                 )
             if name not in ("auto", *TRANSFORMERS) and name.split(":")[0] in ("linear", "quadratic", "blocks"):
                 generator.using(plan=parse_plan(name))  # refused where the adapter has too few masks

@@ -49,8 +49,7 @@ def _misfits(source: Source, engine: str) -> Iterator[str]:
     if not g.plain:
         yield (
             "engines were checked for layers as of llama, mistral, qwen2 and qwen3, and those of this model "
-            f"({g.family}) differ; "
-            "serve it with transformers (export without --engine)"
+            f"({g.family}) differ; serve it with transformers (export without --engine)"
         )
     if not shape.gated:
         yield "the adapter was trained without its gate and changes the base's output; train with lora.gated: true"

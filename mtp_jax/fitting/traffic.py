@@ -82,10 +82,8 @@ def _fusion(inside: list[Instruction], operands: list[str], shape: str) -> int:
     Products may run beside a collective that began before: its arrays are handed through and count where it begins.
     """
     by_name, root = {i.name: i for i in inside}, inside[-1]
-    text = " ".join(i.rest for i in inside)
-    flying = {i.name for i in inside if "chain_id" in i.rest or "AsyncCollective" in i.rest}
-    if "AsyncCollectiveStart" in text:
-        flying = set()
+    begins = any("AsyncCollectiveStart" in i.rest for i in inside)
+    flying = {i.name for i in inside if not begins and ("chain_id" in i.rest or "AsyncCollective" in i.rest)}
     uses: dict[str, list[tuple[Instruction, int]]] = defaultdict(list)
     for instruction in inside:
         for at, name in enumerate(_OPERAND.findall(instruction.rest.split("), ")[0])):

@@ -189,7 +189,7 @@ def test_transformers_would_run_another_model(pair, command, tmp_path):
     )
     refused = command("evaluate", *options, "--weights", "int8")
     assert refused.code == 2 and refused.errors == [
-        "--plans transformers: would run the stored weights, another model; leave it out, or --weights."
+        "--plans transformers: would run the stored weights, another model; leave it out, or --weights int8."
     ]
 
 
