@@ -24,6 +24,9 @@ def main() -> None:
     parser.add_argument("--adapter", help="evaluate this adapter: a run's folder, an adapter folder, bundled:NAME")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--weights", choices=["stored", "int8"], default="stored", help="int8: the quantised base")
+    parser.add_argument(
+        "--activations", choices=["float", "int8"], default="float", help="int8: of an int8 base, on a CPU"
+    )
 
     suites = parser.add_argument_group("on suites")
     suites.add_argument(
@@ -104,6 +107,7 @@ def _on_suites(a: argparse.Namespace) -> None:
             seed=a.seed,
             dtype=a.dtype,
             weights=a.weights,
+            activations=a.activations,
             shortlist=a.shortlist or None,
             run_code=a.run_code,
             estimate=a.estimate,

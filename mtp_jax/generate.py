@@ -47,6 +47,9 @@ def main() -> None:
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on CPU and bfloat16 elsewhere")
     parser.add_argument("--weights", choices=["stored", "int8"], default="stored", help="int8: the quantised base")
+    parser.add_argument(
+        "--activations", choices=["float", "int8"], default="float", help="int8: of an int8 base, on a CPU"
+    )
     parser.add_argument("--batch-size", type=int, default=1, metavar="B")
     parser.add_argument(
         "--shortlist", type=int, default=256, metavar="C", help="candidates of a draft; 0 for all tokens"
@@ -68,7 +71,7 @@ def main() -> None:
     asked, shortlist = a.generation_config != "none", a.shortlist or None
     generator = load(
         a.model, adapter=a.adapter, plan=plan, dtype=a.dtype, shortlist=shortlist, generation_config=asked,
-        weights=a.weights,
+        weights=a.weights, activations=a.activations,
     )  # fmt: skip
     if a.generation_config == "base":
         sampling = _as_the_base_samples(generator, chosen, a.seed)

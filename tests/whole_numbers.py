@@ -6,7 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mtp_jax.cpu import native
 from mtp_jax.model.weights import leaf_at, weight_table
+
+
+def can_round():
+    """Whether the C++ engine is there and rounds what meets whole numbers too."""
+    try:
+        return native.library().rounds
+    except native.BuildError:
+        return False
 
 
 def quantised(params, g):

@@ -30,22 +30,30 @@ bool halves(const ffi::AnyBuffer& of) { return of.element_type() != ffi::F32; }
 
 mtp_jax::Panels panels_of(const ffi::AnyBuffer& w, mtp_jax::Numbers ends) {
   using mtp_jax::Kind;
-  Kind kind = w.element_type() == ffi::S8 ? Kind::BYTES : halves(w) ? Kind::HALVES : Kind::FLOATS;
-  return {w.untyped_data(), kind, w.dimensions()[1], w.dimensions()[0], ends};
+  auto type = w.element_type();
+  bool fours = type == ffi::U8;  // [P, K / 4, W, 4]
+  Kind kind = fours ? Kind::FOURS : type == ffi::S8 ? Kind::BYTES : halves(w) ? Kind::HALVES : Kind::FLOATS;
+  return {w.untyped_data(), kind, w.dimensions()[1] * (fours ? 4 : 1), w.dimensions()[0], ends};
 }
 
 ffi::Error Product(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer w, ffi::Result<Matrix> y, Span ends) {
   auto work = std::make_shared<mtp_jax::Products>();
   work->x = {x.typed_data(), x.dimensions()[0], x.dimensions()[1]};
   work->group.w = panels_of(w, numbers(ends));
+  thread_local mtp_jax::Roundings roundings;
+  if (work->group.w.kind == mtp_jax::Kind::FOURS) {
+    mtp_jax::Rounded to = work->x.rounded = roundings.of(work->x.rows, work->x.stride);
+    for (int64_t row = 0; row < work->x.rows; ++row)
+      mtp_jax::round_row(work->x.x + row * work->x.stride, work->x.stride, to.row(row, work->x.stride));
+  }
   work->y = y->typed_data();
   work->prepare(team(pool).threads);
   team(pool).run(work);
   return ffi::Error::Success();
 }
 
-// `args` are for each layer its norms' scales; for each group its panels, their scales where they are whole numbers, bias,
-// a and b; and the cache's keys and values, which `rets` alias.
+// `args` are for each layer its norms' scales; for each group its panels, bias, a and b, each with its scales where its
+// numbers are whole; and the cache's keys and values, which `rets` alias.
 ffi::Error Layers(ffi::ThreadPool pool, Ids tokens, ffi::AnyBuffer embedding, Matrix masks, Heads cosine, Heads sine,
                   Bounds low, Bounds high, Marks seen, Ints start, Vector final_scale, ffi::RemainingArgs args,
                   ffi::Result<Rows> latents, ffi::RemainingRets rets, ffi::Dictionary attrs) {
@@ -55,6 +63,11 @@ ffi::Error Layers(ffi::ThreadPool pool, Ids tokens, ffi::AnyBuffer embedding, Ma
   size_t next = 0;
   auto any = [&] { return *args.get<ffi::AnyBuffer>(next++); };
   auto floats = [&]() -> const float* { return any().typed_data<float>(); };
+  auto panels = [&](const std::string& ends) {
+    mtp_jax::Panels of = panels_of(any(), attribute(ends));
+    if (of.whole()) of.scale = floats();
+    return of;
+  };
 
   mtp_jax::Step step;
   step.tokens = tokens.typed_data();
@@ -74,12 +87,10 @@ ffi::Error Layers(ffi::ThreadPool pool, Ids tokens, ffi::AnyBuffer embedding, Ma
     for (size_t j = 0; j < 4; ++j) {
       mtp_jax::Group& group = layer.groups[j];
       std::string number = std::to_string(j);
-      group.w = panels_of(any(), attribute("ends" + number));
-      if (group.w.kind == mtp_jax::Kind::BYTES) group.w.scale = floats();
+      group.w = panels("ends" + number);
       if (with_bias[j]) group.bias = floats();
       if (attribute("inner_ends" + number).size()) {
-        group.a = panels_of(any(), attribute("inner_ends" + number));
-        group.b = panels_of(any(), attribute("ends" + number));
+        group.a = panels("inner_ends" + number), group.b = panels("ends" + number);
         group.offsets = attribute("offsets" + number);
       }
     }
@@ -105,6 +116,8 @@ ffi::Error Largest(ffi::ThreadPool pool, Matrix x, ffi::Result<Ids> y) {
 }  // namespace
 
 extern "C" int mtp_jax_panel_width() { return mtp_jax::WIDTH; }
+
+extern "C" bool mtp_jax_rounds() { return mtp_jax::ROUNDS; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_product, Product,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<ffi::AnyBuffer>().Ret<Matrix>().Attr<Span>("ends"));

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mtp_jax.cpu.native import PanelLayer, PanelLora, largest, layers, narrow, pack, times
@@ -12,6 +13,7 @@ from mtp_jax.decoding.forward import GROUPS, Variables, drafting_weights, lora_p
 from mtp_jax.model.attention import LayerCache
 from mtp_jax.model.decoder import Cache, Decoder
 from mtp_jax.model.head import Head
+from mtp_jax.model.int8 import quantise
 from mtp_jax.model.step_rows import MaskRows, step_rows
 from mtp_jax.model.weights import Params
 from mtp_jax.mtp.adapter import AdapterShape, with_adapter
@@ -24,6 +26,7 @@ class CpuForward:
     model: Decoder
     shape: AdapterShape | None
     build: str
+    rounds: bool = False  # rows that meet whole numbers, see `pack`
 
     def prepare(self, params: Params, adapter: Params | None) -> Variables:
         """`layers`, `norm`, the table `embed`, the base head by rows and in panels, and of an adapter `mtp`.
@@ -42,14 +45,14 @@ class CpuForward:
             "norm": params["norm"]["scale"],
             "embed": embed,
             "unembed": unembed,
-            "head": pack(head.table.T, scale=head.scale),
+            "head": pack(head.table.T, scale=head.scale, rounds=self.rounds),
         }
         if adapter is None:
             return variables
         if "vocabulary" in adapter:
             ids = variables["vocabulary"] = jnp.asarray(adapter["vocabulary"])
             some = head.of(ids)
-            variables["draft_head"] = pack(some.table.T, scale=some.scale)
+            variables["draft_head"] = pack(some.table.T, scale=some.scale, rounds=self.rounds)
         return variables | {"mtp": drafting_weights(adapter, self.model.dtype)}
 
     def _layer(self, params: Params, lora: Params | None, layer: int) -> PanelLayer:
@@ -58,11 +61,22 @@ class CpuForward:
         for names in GROUPS.values():
             parts = [params.pop(name) for name in names]
             scale = jnp.concatenate([part["kernel_scale"] for part in parts]) if self.model.g.int8 else None
-            kernels.append(pack(*(part["kernel"] for part in parts), scale=scale))
+            kernels.append(pack(*(part["kernel"] for part in parts), scale=scale, rounds=self.rounds))
             biases.append(jnp.concatenate([part["bias"] for part in parts]) if "bias" in parts[0] else None)
             adapted = lora is not None and any(name in lora["layers"] for name in names)
-            loras.append(_panel_lora(*lora_parts(self.model, lora, names, layer)) if adapted and lora else None)
+            loras.append(self._lora(*lora_parts(self.model, lora, names, layer)) if adapted and lora else None)
         return PanelLayer(tuple(params[name]["scale"] for name in norms), tuple(kernels), tuple(biases), tuple(loras))
+
+    def _lora(self, a: list[Array], b: list[Array]) -> PanelLora:
+        ranks = [len(part) for part in b]
+        rows = [jnp.pad(part, ((0, max(ranks) - len(part)), (0, 0))) for part in b]  # none adds zero
+        offsets = [int(sum(ranks[:i])) if rank else 0 for i, rank in enumerate(ranks)]
+        columns = [jnp.concatenate(a, axis=-1)]
+        if not self.rounds:
+            return PanelLora(pack(*columns), pack(*rows), tuple(offsets))
+        # Whole numbers here too: they are read sooner, and nothing but drafts depends on them.
+        (columns, scale), (rows, of_rows) = _quantised(columns), _quantised(rows)
+        return PanelLora(pack(*columns, scale=scale, rounds=True), pack(*rows, scale=of_rows), tuple(offsets))
 
     def rows(
         self,
@@ -120,8 +134,7 @@ def _rows(table: Any, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
     return rows.astype(jnp.float32)
 
 
-def _panel_lora(a: list[Array], b: list[Array]) -> PanelLora:
-    ranks = [len(part) for part in b]
-    rows = [jnp.pad(part, ((0, max(ranks) - len(part)), (0, 0))) for part in b]  # none adds zero
-    offsets = [int(sum(ranks[:i])) if rank else 0 for i, rank in enumerate(ranks)]
-    return PanelLora(pack(jnp.concatenate(a, axis=-1)), pack(*rows), tuple(offsets))
+def _quantised(matrices: list[Array]) -> tuple[list[Array], Float[Array, " _"]]:
+    """Matrices as whole numbers, and the scales of all their columns."""
+    values, scales = zip(*(quantise(np.asarray(matrix)) for matrix in matrices), strict=True)
+    return [jnp.asarray(of) for of in values], jnp.concatenate(scales)

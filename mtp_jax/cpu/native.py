@@ -33,7 +33,9 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-Wall", "-Wextra", "-shared", "
 class Panels:
     """A matrix, or several side by side, as the C++ product takes it."""
 
-    panels: Any  # [P, in, W]: W columns each; a matrix begins one of its own, and its last is filled up
+    # [P, in, W]: W columns each; a matrix begins one of its own, and its last is filled up. Where whole numbers meet
+    # rows of whole numbers [P, in / 4, W, 4], larger by 128.
+    panels: Any
     ends: tuple[int, ...]  # the columns at which the matrices end
     scale: Any = None  # of each column, where numbers are whole
 
@@ -57,13 +59,20 @@ class PanelLayer(NamedTuple):
     loras: tuple[PanelLora | None, ...]
 
 
-def pack(*matrices: Num[Array, "in _"], scale: Float[Array, " _"] | None = None) -> Panels:
-    """Matrices side by side, in panels; whole numbers with the scales of all their columns."""
+def pack(*matrices: Num[Array, "in _"], scale: Float[Array, " _"] | None = None, rounds: bool = False) -> Panels:
+    """Matrices side by side, in panels; whole numbers with the scales of all their columns.
+
+    Args:
+        rounds: rows that meet whole numbers are rounded to such too, each 32 numbers with a scale of their own.
+    """
     W = library().width
     filled = [jnp.pad(matrix, ((0, 0), (0, -matrix.shape[1] % W))) for matrix in matrices]
     panels = [matrix.reshape(len(matrix), -1, W).swapaxes(0, 1) for matrix in filled]
     ends = np.cumsum([matrix.shape[1] for matrix in matrices]).tolist()
     joined = jnp.concatenate(panels)
+    if scale is not None and rounds:
+        fours = jnp.pad(joined.astype(jnp.int16) + 128, ((0, 0), (0, -joined.shape[1] % 4), (0, 0))).astype(jnp.uint8)
+        joined = fours.reshape(len(fours), -1, 4, W).swapaxes(2, 3)
     if scale is not None:
         return Panels(joined, tuple(ends), scale)
     joined = narrow(joined)
@@ -124,7 +133,8 @@ def layers(
         arguments += layer.norms
         for kernel, bias, lora in zip(layer.kernels, layer.biases, layer.loras, strict=True):
             arguments += [kernel.panels, *(x for x in (kernel.scale, bias) if x is not None)]
-            arguments += [] if lora is None else [lora.a.panels, lora.b.panels]
+            for part in () if lora is None else (lora.a, lora.b):
+                arguments += [part.panels, *(() if part.scale is None else (part.scale,))]
         arguments += of_layer
         for half in (2, 1):
             alias[_FIXED + len(arguments) - half] = 1 + len(alias)
@@ -163,6 +173,7 @@ class Library(NamedTuple):
 
     width: int  # W, columns of a panel
     build: str  # names the processor, the source and the compiler's options
+    rounds: bool  # whether the processor multiplies whole numbers
 
 
 @functools.cache
@@ -180,7 +191,9 @@ def library() -> Library:
     for name in _CALLS:
         call = jax.ffi.pycapsule(getattr(calls, f"mtp_jax_{name}"))
         jax.ffi.register_ffi_target(f"mtp_jax_{name}", call, platform="cpu")
-    return Library(calls.mtp_jax_panel_width(), path.stem)
+    rounds = calls.mtp_jax_rounds
+    rounds.restype = ctypes.c_bool
+    return Library(calls.mtp_jax_panel_width(), path.stem, rounds())
 
 
 def _build() -> Path:

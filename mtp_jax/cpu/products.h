@@ -30,40 +30,111 @@ inline void load_row(const int8_t* from, Lanes (&v)[VECTORS]) {
   for (int c = 0; c < VECTORS; ++c) v[c] = load(from + c * LANES);
 }
 
-// R rows of x, X apart, by a panel of K rows, with a scale for each column or none, into `width` columns of y. Of the
-// panel's rows every `every`-th, from number `fetch` on, lets what lies `ahead` of it be brought into cache, as long as it
-// lies before `until`.
-template <int R, bool ADD, typename Number>
-void panel(const float* x, int64_t X, const Number* w, int64_t K, float* y, int64_t stride, int64_t width, int64_t ahead,
-           const Number* until, int fetch, int every, const float* scale) {
-  Lanes acc[R][VECTORS] = {};
+// Rows that meet a panel: of floats, or of whole numbers.
+struct FloatRows {
+  const float* x;
+  int64_t stride;
+
+  FloatRows from(int64_t row) const { return {x + row * stride, stride}; }
+};
+
+struct WholeRows {
+  Rounded x;
+  int64_t K;  // numbers of a row
+
+  WholeRows from(int64_t row) const { return {x.row(row, K), K}; }
+};
+
+// Of the steps through a panel every `every`-th, from number `next` on, lets what lies `ahead` of it be brought into cache,
+// as long as it lies before `until`: into the second level, which awaits more lines at a time than the first.
+template <typename Number>
+struct Fetch {
+  int64_t ahead;
+  const Number* until;
+  int next, every;
+
+  // What a step at w is to bring; w itself where it brings nothing.
+  const Number* at(const Number* w) {
+    if (next-- != 0) return w;
+    next = every - 1;
+    return std::min(w + ahead, until);
+  }
+};
+
+template <typename Number>
+inline void bring(const Number* from, int64_t count) {
+  for (int64_t n = 0; n < count; n += LINE / sizeof(Number)) __builtin_prefetch(from + n, 0, 1);
+}
+
+// The sums of R rows by a panel of K rows.
+template <int R, typename Number>
+inline void sums(FloatRows x, const Number* w, int64_t K, Fetch<Number> fetch, Lanes (&acc)[R][VECTORS]) {
   for (int64_t k = 0; k < K; ++k, w += WIDTH) {
-    if (fetch-- == 0) {
-      const Number* next = std::min(w + ahead, until);
-      for (int64_t n = 0; n < WIDTH; n += LINE / sizeof(Number)) __builtin_prefetch(next + n);
-      fetch = every - 1;
-    }
+    if (const Number* next = fetch.at(w); next != w) bring(next, WIDTH);
     Lanes v[VECTORS];
     load_row(w, v);
     for (int r = 0; r < R; ++r)
-      for (int c = 0; c < VECTORS; ++c) acc[r][c] += x[r * X + k] * v[c];
+      for (int c = 0; c < VECTORS; ++c) acc[r][c] += x.x[r * x.stride + k] * v[c];
   }
+}
+
+#if defined(__AVX512VNNI__)
+// What the products of `count` whole numbers, a block of each row or what is left for the last, add to the sums. One
+// instruction adds four products, those of the panel without sign: its numbers were made larger by 128.
+template <int R>
+inline void meet(const Rounded (&rows)[R], int64_t b, int64_t count, const uint8_t* w, const uint8_t* next,
+                 Lanes (&acc)[R][VECTORS]) {
+  __m512i whole[R][VECTORS];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < VECTORS; ++c) whole[r][c] = _mm512_set1_epi32(rows[r].offsets[b]);
+#pragma GCC unroll 8
+  for (int64_t k = 0; k < count; k += 4) {
+    bring(next + k * WIDTH, 4 * WIDTH);  // no branch: what is there costs nothing
+    __m512i v[VECTORS];
+    for (int c = 0; c < VECTORS; ++c) v[c] = _mm512_loadu_si512(w + k * WIDTH + c * LANES * 4);
+    for (int r = 0; r < R; ++r) {
+      int32_t numbers;
+      __builtin_memcpy(&numbers, rows[r].numbers + b * BLOCK + k, sizeof numbers);
+      for (int c = 0; c < VECTORS; ++c) whole[r][c] = _mm512_dpbusd_epi32(whole[r][c], v[c], _mm512_set1_epi32(numbers));
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < VECTORS; ++c)
+      acc[r][c] = multiply_add(Lanes{} + rows[r].scales[b], __builtin_convertvector((Wholes)whole[r][c], Lanes), acc[r][c]);
+}
+
+template <int R>
+inline void sums(WholeRows x, const uint8_t* w, int64_t K, Fetch<uint8_t> fetch, Lanes (&acc)[R][VECTORS]) {
+  Rounded rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = x.from(r).x;
+  int64_t b = 0;
+  for (; (b + 1) * BLOCK <= K; ++b, w += BLOCK * WIDTH) meet<R>(rows, b, BLOCK, w, fetch.at(w), acc);
+  if (b * BLOCK < K) meet<R>(rows, b, K - b * BLOCK, w, w, acc);
+}
+#endif
+
+// R rows by a panel of K rows, with a scale for each column or none, into `width` columns of y.
+template <int R, bool ADD, typename Rows, typename Number>
+void panel(Rows x, const Number* w, int64_t K, float* y, int64_t stride, int64_t width, Fetch<Number> fetch,
+           const float* scale) {
+  Lanes acc[R][VECTORS] = {};
+  sums<R>(x, w, K, fetch, acc);
   for (int r = 0; r < R; ++r) {
     float* out = y + r * stride;
     float total[WIDTH];
     __builtin_memcpy(total, acc[r], sizeof total);
     for (int64_t n = 0; n < width; n += LANES) {
-      Lanes y = scale ? load(total + n) * load(scale + n, width - n) : load(total + n);
-      store(ADD ? load(out + n, width - n) + y : y, out + n, width - n);
+      Lanes found = load(total + n), before = ADD ? load(out + n, width - n) : Lanes{};
+      store(scale ? multiply_add(found, load(scale + n, width - n), before) : found + before, out + n, width - n);
     }
   }
 }
 
-template <int R, bool ADD, typename... Rest>
-void panel_by(int64_t rows, const float* x, int64_t X, Rest... rest) {
+template <int R, bool ADD, typename Rows, typename... Rest>
+void panel_by(int64_t rows, Rows x, Rest... rest) {
   if constexpr (R > 0) {
-    if (rows == R) return panel<R, ADD>(x, X, rest...);
-    panel_by<R - 1, ADD>(rows, x, X, rest...);
+    if (rows == R) return panel<R, ADD>(x, rest...);
+    panel_by<R - 1, ADD>(rows, x, rest...);
   }
 }
 
@@ -77,21 +148,30 @@ struct Numbers {
   int64_t last() const { return data[count - 1]; }
 };
 
-// Rows of x, `stride` apart.
+// Rows of x, `stride` apart; and, where whole numbers meet whole numbers, as such.
 struct Input {
   const float* x = nullptr;
   int64_t rows = 0, stride = 0;
+  Rounded rounded = {};
+
+  Input from(int64_t row, int64_t count) const {
+    return {x + row * stride, count, stride, rounded.numbers ? rounded.row(row, stride) : rounded};
+  }
 };
 
-enum class Kind { FLOATS, HALVES, BYTES };
+// Numbers of a matrix. BYTES are multiplied as floats, FOURS meet rows of whole numbers: each four of a column lie side by
+// side, larger by 128.
+enum class Kind { FLOATS, HALVES, BYTES, FOURS };
 
 // A matrix of K rows in panels. It joins matrices that end at columns `ends`, each of which begins a panel of its own.
 struct Panels {
   const void* w = nullptr;
   Kind kind = Kind::FLOATS;
-  int64_t K = 0, count = 0;
+  int64_t K = 0, count = 0;  // rows, and panels
   Numbers ends;
   const float* scale = nullptr;  // of each column, where numbers are whole
+
+  bool whole() const { return kind == Kind::BYTES || kind == Kind::FOURS; }
 
   struct Place {
     int64_t column, width;
@@ -110,24 +190,30 @@ struct Panels {
   // x by panel p into y, whose rows are N apart. Panels up to `last` are taken after it.
   template <bool ADD>
   void times(Input in, int64_t p, const Place& at, int64_t last, float* y, int64_t N) const {
+    FloatRows x{in.x, in.stride};
     if (kind == Kind::HALVES)
-      times<ADD>(static_cast<const Half*>(w), in, p, at, last, y, N);
+      times<ADD, MOST>(static_cast<const Half*>(w), x, in.rows, p, at, last, y, N);
     else if (kind == Kind::BYTES)
-      times<ADD>(static_cast<const int8_t*>(w), in, p, at, last, y, N);
-    else
-      times<ADD>(static_cast<const float*>(w), in, p, at, last, y, N);
+      times<ADD, MOST>(static_cast<const int8_t*>(w), x, in.rows, p, at, last, y, N);
+    else if (kind == Kind::FLOATS)
+      times<ADD, MOST>(static_cast<const float*>(w), x, in.rows, p, at, last, y, N);
+#if defined(__AVX512VNNI__)
+    else  // a row has two sums
+      times<ADD, MOST / 2>(static_cast<const uint8_t*>(w), WholeRows{in.rounded, in.stride}, in.rows, p, at, last, y, N);
+#endif
   }
 
-  template <bool ADD, typename Number>
-  void times(const Number* w, Input in, int64_t p, const Place& at, int64_t last, float* y, int64_t N) const {
-    int64_t groups = (in.rows + MOST - 1) / MOST;
+  template <bool ADD, int AT_MOST, typename Rows, typename Number>
+  void times(const Number* w, Rows x, int64_t count, int64_t p, const Place& at, int64_t last, float* y, int64_t N) const {
+    int64_t groups = (count + AT_MOST - 1) / AT_MOST;
     // Rows in one go leave memory no time: what comes soon is fetched. Rows in several share the next panel's rows.
     int64_t ahead = groups == 1 ? AHEAD / sizeof(Number) : K * WIDTH;
-    const Number *first = w + p * K * WIDTH, *until = w + last * K * WIDTH - WIDTH;
+    const Number *first = w + p * K * WIDTH, *until = w + last * K * WIDTH - (kind == Kind::FOURS ? BLOCK : 1) * WIDTH;
     for (int64_t g = 0, row = 0; g < groups; ++g) {
-      int64_t rows = (in.rows - row + groups - g - 1) / (groups - g);
-      panel_by<MOST, ADD>(rows, in.x + row * in.stride, in.stride, first, K, y + row * N + at.column, N, at.width, ahead,
-                          until, static_cast<int>(g), static_cast<int>(groups), scale ? scale + at.column : nullptr);
+      int64_t rows = (count - row + groups - g - 1) / (groups - g);
+      Fetch<Number> fetch{ahead, until, static_cast<int>(g), static_cast<int>(groups)};
+      panel_by<AT_MOST, ADD>(rows, x.from(row), first, K, y + row * N + at.column, N, at.width, fetch,
+                             scale ? scale + at.column : nullptr);
       row += rows;
     }
   }
@@ -159,7 +245,7 @@ struct Products : Work {
   }
 
   Input adapted(const Input& of, int64_t sequence) const {
-    return {of.x + ((sequence + 1) * (of.rows / sequences) - lora_rows) * of.stride, lora_rows, of.stride};
+    return of.from((sequence + 1) * (of.rows / sequences) - lora_rows, lora_rows);
   }
 
   void unit(int64_t u) override {

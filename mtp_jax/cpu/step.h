@@ -16,24 +16,36 @@
 
 namespace mtp_jax {
 
-// y = norm(x), or silu(gate) * up for rows x of gate and up side by side.
+// y = norm(x), or silu(gate) * up for rows x of gate and up side by side, or x itself; as whole numbers too if asked for.
 struct ByRow : Work {
-  static constexpr int64_t TOGETHER = 8;
+  enum class What { NORM, GATE, NOTHING } what;
   const float *x, *scale = nullptr;
   float *y, epsilon;
-  int64_t rows, D;  // of y
+  int64_t D;  // numbers of a row of y
+  Rounded rounded;
 
-  void unit(int64_t u) override {
-    for (int64_t row = u * TOGETHER; row < std::min(rows, (u + 1) * TOGETHER); ++row)
-      if (scale)
-        norm(x + row * D, D, scale, epsilon, y + row * D);
-      else
-        gate(x + row * 2 * D, y + row * D);
+  void unit(int64_t row) override {
+    if (what == What::NORM) norm(x + row * D, D, scale, epsilon, y + row * D);
+    if (what == What::GATE) gate(x + row * 2 * D, y + row * D);
+    if (rounded.numbers) round_row((what == What::NOTHING ? x : y) + row * D, D, rounded.row(row, D));
   }
 
   void gate(const float* gates, float* to) const {
     for (int64_t d = 0; d < D; d += LANES)
       store(silu(load(gates + d, D - d)) * load(gates + D + d, D - d), to + d, D - d);
+  }
+};
+
+// Where rows of whole numbers lie.
+struct Roundings {
+  std::vector<int8_t> numbers;
+  std::vector<float> scales;
+  std::vector<int32_t> offsets;
+
+  Rounded of(int64_t rows, int64_t K) {
+    numbers.resize(rows * Rounded::width(K));
+    scales.resize(rows * Rounded::blocks(K)), offsets.resize(rows * Rounded::blocks(K));
+    return {numbers.data(), scales.data(), offsets.data()};
   }
 };
 
@@ -132,8 +144,8 @@ struct Step {
       gates.resize(rows * 2 * F), gated.resize(rows * F);
       own_keys.resize(rows * K * H), own_values.resize(rows * K * H);
 
-      by_row(team, latents, layer.attention_scale, D, normed.data());
-      project(team, normed.data(), D, layer.groups[0], projected.data(), false);
+      Input x = normed_rows(team, latents, layer.attention_scale, normed.data(), layer.groups[0]);
+      project(team, x, layer.groups[0], projected.data(), false);
       auto work = std::make_shared<Attention>();
       work->cosine = cosine, work->sine = sine;
       work->q_scale = layer.q_scale, work->k_scale = layer.k_scale, work->epsilon = epsilon;
@@ -145,27 +157,37 @@ struct Step {
       work->R = R, work->N = N, work->K = K, work->H = H, work->S = S, work->real = real;
       work->units = B * K;
       team.run(work);
-      project(team, attended.data(), N * H, layer.groups[1], latents, true);
-      by_row(team, latents, layer.mlp_scale, D, normed.data());
-      project(team, normed.data(), D, layer.groups[2], gates.data(), false);
-      by_row(team, gates.data(), nullptr, F, gated.data());
-      project(team, gated.data(), F, layer.groups[3], latents, true);
+      x = by_row(team, ByRow::What::NOTHING, attended.data(), nullptr, N * H, attended.data(), layer.groups[1].w.kind);
+      project(team, x, layer.groups[1], latents, true);
+      x = normed_rows(team, latents, layer.mlp_scale, normed.data(), layer.groups[2]);
+      project(team, x, layer.groups[2], gates.data(), false);
+      x = by_row(team, ByRow::What::GATE, gates.data(), nullptr, F, gated.data(), layer.groups[3].w.kind);
+      project(team, x, layer.groups[3], latents, true);
     }
-    by_row(team, latents, final_scale, D, latents);
+    by_row(team, ByRow::What::NORM, latents, final_scale, D, latents, Kind::FLOATS);
   }
 
  private:
-  void by_row(Team& team, const float* from, const float* scale, int64_t width, float* to) const {
-    auto work = std::make_shared<ByRow>();
-    work->x = from, work->scale = scale, work->y = to, work->epsilon = epsilon, work->rows = B * R, work->D = width;
-    work->units = (work->rows + ByRow::TOGETHER - 1) / ByRow::TOGETHER;
-    team.run(work);
+  Input normed_rows(Team& team, const float* from, const float* scale, float* to, const Group& group) const {
+    return by_row(team, ByRow::What::NORM, from, scale, D, to, group.w.kind);
   }
 
-  void project(Team& team, const float* from, int64_t width, const Group& group, float* to, bool add) const {
+  // Rows as the matrices of a group of this kind take them; they last until the next ones.
+  Input by_row(Team& team, ByRow::What what, const float* from, const float* scale, int64_t width, float* to,
+               Kind kind) const {
+    thread_local Roundings roundings;
+    Rounded rounded = kind == Kind::FOURS ? roundings.of(B * R, width) : Rounded{};
+    auto work = std::make_shared<ByRow>();
+    work->what = what, work->x = from, work->scale = scale, work->y = to, work->epsilon = epsilon;
+    work->D = width, work->rounded = rounded, work->units = B * R;
+    if (what != ByRow::What::NOTHING || rounded.numbers) team.run(work);
+    return {to, B * R, width, rounded};
+  }
+
+  void project(Team& team, Input x, const Group& group, float* to, bool add) const {
     thread_local std::vector<float> inner;
     auto work = std::make_shared<Products>();
-    work->x = {from, B * R, width}, work->group = group, work->y = to, work->add = add, work->sequences = B;
+    work->x = x, work->group = group, work->y = to, work->add = add, work->sequences = B;
     if (group.a.w && real < R) {
       work->lora_rows = R - real, work->C = group.a.ends.last();
       inner.resize(B * work->lora_rows * work->C);

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -27,6 +28,7 @@ constexpr int64_t LINE = 64;     // bytes that memory gives at a time
 constexpr int64_t UNITS = 4;     // that a product is cut into for each thread
 
 typedef float Lanes __attribute__((vector_size(LANES * 4)));
+typedef int32_t Wholes __attribute__((vector_size(LANES * 4)));
 
 inline Lanes load(const float* from) {
   Lanes v;
@@ -36,13 +38,12 @@ inline Lanes load(const float* from) {
 
 // Whole numbers. Compilers widen vectors of them one number at a time unless they are told the instruction.
 inline Lanes load(const int8_t* from) {
-  typedef int32_t Whole __attribute__((vector_size(LANES * 4)));
 #if defined(__AVX512F__)
-  auto wide = (Whole)_mm512_maskz_cvtepi8_epi32(0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  auto wide = (Wholes)_mm512_maskz_cvtepi8_epi32(0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #elif defined(__AVX2__)
-  auto wide = (Whole)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  auto wide = (Wholes)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 #else
-  Whole wide;
+  Wholes wide;
   for (int i = 0; i < LANES; ++i) wide[i] = from[i];
 #endif
   return __builtin_convertvector(wide, Lanes);
@@ -76,34 +77,98 @@ struct Half {
 
 inline Lanes load(const Half* from) {
   typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
-  typedef uint32_t Wholes __attribute__((vector_size(LANES * 4)));
+  typedef uint32_t Wide __attribute__((vector_size(LANES * 4)));
   Halves v;
   __builtin_memcpy(&v, from, sizeof v);
-  return (Lanes)(__builtin_convertvector(v, Wholes) << 16);
+  return (Lanes)(__builtin_convertvector(v, Wide) << 16);
+}
+
+// The numbers of a vector, joined by halves.
+template <int n, typename Number, typename Join>
+inline Number fold(const Number* v, Join join) {
+  if constexpr (n == 2) {
+    return join(v[0], v[1]);
+  } else {
+    typedef Number Part __attribute__((vector_size(n / 2 * sizeof(Number))));
+    Part low, high;
+    __builtin_memcpy(&low, v, sizeof low);
+    __builtin_memcpy(&high, v + n / 2, sizeof high);
+    low = join(low, high);
+    Number out[n / 2];
+    __builtin_memcpy(out, &low, sizeof low);
+    return fold<n / 2>(out, join);
+  }
 }
 
 template <int n>
 inline float sum(const float* v) {
-  typedef float Part __attribute__((vector_size(n * 2)));
-  Part low, high;
-  __builtin_memcpy(&low, v, sizeof low);
-  __builtin_memcpy(&high, v + n / 2, sizeof high);
-  low += high;
-  float out[n / 2];
-  __builtin_memcpy(out, &low, sizeof low);
-  return sum<n / 2>(out);
+  return fold<n>(v, [](auto a, auto b) { return a + b; });
 }
-template <>
-inline float sum<2>(const float* v) {
-  return v[0] + v[1];
+
+// a b + c, rounded once if the processor can: compilers may or may not fuse the two by themselves, as they see fit.
+inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+#if defined(__AVX512F__)
+  return (Lanes)_mm512_maskz_fmadd_ps(0xFFFF, (__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// A row as whole numbers of 8 bits, each BLOCK of them with a scale of their own. `offset` is what the sum of a block's
+// products has too much where the other factors are larger by 128. Behind the last number are zeros, to a multiple of 4.
+constexpr int64_t BLOCK = 32;
+struct Rounded {
+  int8_t* numbers = nullptr;
+  float* scales = nullptr;
+  int32_t* offsets = nullptr;
+
+  static int64_t width(int64_t K) { return (K + 3) / 4 * 4; }
+  static int64_t blocks(int64_t K) { return (K + BLOCK - 1) / BLOCK; }
+  Rounded row(int64_t r, int64_t K) const {
+    return {numbers + r * width(K), scales + r * blocks(K), offsets + r * blocks(K)};
+  }
+};
+
+#if defined(__AVX512VNNI__)
+constexpr bool ROUNDS = true;
+#else
+constexpr bool ROUNDS = false;
+#endif
+
+inline void round_row(const float* x, int64_t K, Rounded to) {
+  typedef int8_t Bytes __attribute__((vector_size(LANES)));
+  constexpr int PARTS = BLOCK / LANES;
+  const Lanes nearest = Lanes{} + 12582912.0f;  // 1.5 * 2^23: sums with it have no fraction
+  for (int64_t k = 0; k < K; k += BLOCK, ++to.scales, ++to.offsets) {
+    Lanes v[PARTS], most = {};
+    for (int i = 0; i < PARTS; ++i) {
+      v[i] = load(x + k + i * LANES, std::max<int64_t>(0, K - k - i * LANES));
+      Lanes size = v[i] > 0 ? v[i] : -v[i];
+      most = size > most ? size : most;
+    }
+    float top = fold<LANES>(reinterpret_cast<const float*>(&most), [](auto a, auto b) { return a > b ? a : b; });
+    Lanes by = Lanes{} + (top > 0 ? 127 / top : 0);
+    Wholes total = {};
+    int8_t bytes[BLOCK];
+    for (int i = 0; i < PARTS; ++i) {
+      Wholes whole = __builtin_convertvector(multiply_add(v[i], by, nearest) - nearest, Wholes);
+      Bytes narrow = __builtin_convertvector(whole, Bytes);
+      total += whole;
+      __builtin_memcpy(bytes + i * LANES, &narrow, sizeof narrow);
+    }
+    int32_t all = fold<LANES>(reinterpret_cast<const int32_t*>(&total), [](auto a, auto b) { return a + b; });
+    *to.scales = top / 127, *to.offsets = -128 * all;
+    std::copy_n(bytes, std::min(BLOCK, Rounded::width(K) - k), to.numbers + k);
+  }
 }
 
 // e^x for x <= 0, to within two units in the last place; 0 below -87.
 inline Lanes exponential(Lanes x) {
-  typedef int32_t Whole __attribute__((vector_size(LANES * 4)));
   Lanes low = x - x - 87.0f;
   Lanes clamped = x > low ? x : low;
-  Whole n = __builtin_convertvector(clamped * 1.44269504f - 0.5f, Whole);  // nearest: the argument is never positive
+  Wholes n = __builtin_convertvector(clamped * 1.44269504f - 0.5f, Wholes);  // nearest: the argument is never positive
   Lanes whole = __builtin_convertvector(n, Lanes);
   Lanes r = clamped - whole * 0.693359375f - whole * -2.12194440e-4f;
   Lanes p = 1.9875691500e-4f * r + 1.3981999507e-3f;  // the polynomial of Cephes' expf

@@ -44,7 +44,7 @@ class Team {
   }
 
   void run(std::shared_ptr<Work> work) {
-    bool leading = work->units >= 4 && !busy_.exchange(true);
+    bool leading = work->units >= 2 && !busy_.exchange(true);
     if (leading) {
       {
         std::lock_guard<std::mutex> lock(mutex_);

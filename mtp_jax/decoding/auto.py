@@ -129,8 +129,7 @@ def choose_plan(
 
     run(plain())  # compiles
     few = prompts[: batch_size * math.ceil(_ENOUGH / max(run(plain())[0].seconds, 1e-6))]
-    choosable = generator.shape.vocabulary is None  # with a draft vocabulary one product is no choice
-    head = choosable and _one_head_is_faster(lambda one_head: cost(run(quadratic(1), one_head)))
+    head = _one_head_is_faster(lambda one_head: cost(run(quadratic(1), one_head)))
     survives = survival(run(quadratic(min(_COUNTED, generator.shape.masks)), on=prompts))
     for d in (d for d in _DRAFTS if d <= generator.shape.masks):
         if d > len(survives):
@@ -153,7 +152,7 @@ def choose_plan(
     rates = {plan: written[plan] / step if plan in written else rate(plan, step) for plan, step in seconds.items()}
     chosen = max(rates, key=lambda plan: rates[plan])
     expected = {str(plan): of for plan, of in rates.items()}
-    if chosen.mask_rows and choosable:
+    if chosen.mask_rows:
         head = _one_head_is_faster(lambda one_head: cost(run(chosen, one_head)))
     if kept is not None:
         part = kept.with_suffix(".part")

@@ -17,7 +17,7 @@ def choose_drafts(
     forward: Forward,
     variables: Variables,
     latents: Float[Array, "B M D"],
-    scores: Float[Array, "B M U"] | None,
+    scores: Float[Array, "B M V"] | None,
     first: Int[Array, " B"],
     shortlist: int | None,
     sampling: tuple[SamplingKind, Tempering, Key[Array, " B"]] | None,
@@ -29,7 +29,7 @@ def choose_drafts(
     (docs/how-it-works.md, sections 5, 7.4 and 7.5).
 
     Args:
-        scores: the base head's logits of the block over the U tokens, all where U = V, where they are there already.
+        scores: the base head's logits of the block, where they are there already.
         shortlist: how many candidates of each mask row the sampler may choose from; None for all.
         process: changes logits that stand behind `first` and j drafts, as those of real rows are changed.
     """
@@ -40,6 +40,8 @@ def choose_drafts(
     short = sampler is not None and shortlist is not None and shortlist < U
     if scores is None and (sampler is None or short):
         scores = forward.draft_logits(variables, latents)
+    elif scores is not None and vocabulary is not None:
+        scores = scores[..., vocabulary]
     vectors = read = None
     # The tokens that each mask row chooses from, [B, M, C]; None for all.
     ids = None if vocabulary is None else jnp.broadcast_to(vocabulary, (B, M, U))

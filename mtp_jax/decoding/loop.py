@@ -190,7 +190,7 @@ class Decoding:
         real, latents, cache = self.forward.rows(variables, rows, start, state.cache, masks)
 
         all_scores = None
-        if self.options.one_head and plan.mask_rows and "vocabulary" not in variables:
+        if self.options.one_head and plan.mask_rows:
             every = self.forward.logits(variables, jnp.concatenate([real, latents], axis=1))
             scores, all_scores = jnp.split(every, [d + 1], axis=1)
         else:
@@ -257,7 +257,7 @@ class Decoding:
         variables: Variables,
         state: DecodeState,
         block: Float[Array, "B M D"],
-        scores: Float[Array, "B M U"] | None,
+        scores: Float[Array, "B M V"] | None,
         first: Int[Array, " B"],
         keys: Key[Array, " B"],
         limits: Limits,

@@ -15,8 +15,7 @@ class Options:
 
     plan: BlockPlan = field(default_factory=plain)
     shortlist: int | None = 256  # candidates of each mask row that the sampler head scores; None for all tokens
-    # Base head over all rows in one product, instead of real rows and then one block; not with a draft vocabulary, over
-    # which the base head of mask rows is another, smaller product.
+    # Base head over all rows in one product, instead of real rows and then one block; drafts are the same.
     one_head: bool = False
     drafter: Drafter | None = None  # finds drafts in place of the masks; the plan is then `unmasked`
 

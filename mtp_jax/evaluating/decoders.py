@@ -105,7 +105,6 @@ class Decoders:
         """One of them."""
         if name in TRANSFORMERS:
             return Decoder(name, self._transformers(name), None, ours=False)
-        one_head = size == 1
         if name == "auto":
             choice = choose_plan(self.generator, calibration[:_AUTO_PROMPTS], size, cache=None)
             generator = self.generator.using(plan=choice.plan, one_head=choice.one_head)
@@ -116,7 +115,10 @@ class Decoders:
         elif name.startswith(("lookup:", "jacobi:")):
             generator = self.generator.using(drafter=parse_drafter(name))
         else:
-            generator = self.generator.using(plan=parse_plan(name), one_head=one_head)
+            plan, shape = parse_plan(name), self.generator.shape
+            # A draft vocabulary is worth a product of its own where there are many mask rows.
+            few = shape is None or shape.vocabulary is None or plan.mask_rows <= plan.drafts + 1
+            generator = self.generator.using(plan=plan, one_head=size == 1 and few)
         plan = generator.options.plan
         return Decoder(name, lambda prompts: generator.complete(prompts, self.new, size), plan)
 

@@ -47,6 +47,7 @@ class Wanted:
     seed: int
     dtype: str
     weights: str
+    activations: str
     shortlist: int | None
     run_code: bool
     estimate: bool
@@ -68,7 +69,7 @@ def evaluate(wanted: Wanted) -> Results:
     asked = find_suites(wanted.suites, wanted.count, wanted.seed)
     parts = None if adapter is None else (adapter.shape, adapter.arrays)
     options, dtype = Options(shortlist=wanted.shortlist), jnp.dtype(wanted.dtype)
-    generator = generator_of(base, options, dtype, parts)
+    generator = generator_of(base, options, dtype, parts, activations=wanted.activations)
     decoders = Decoders(names, generator, base, draft, wanted.new_tokens)
     prompts = {suite.name: _encoded(suite, generator) for suite in asked}
     results = Results(
@@ -76,7 +77,7 @@ def evaluate(wanted: Wanted) -> Results:
         model=wanted.model,
         adapter=wanted.adapter,
         draft_model=wanted.draft_model,
-        weights=base.weights,
+        weights=base.weights + (", activations int8" if wanted.activations == "int8" else ""),
         dtype=wanted.dtype,
         device=jax.devices()[0].device_kind,
         masks=None if adapter is None else adapter.shape.masks,

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, warn
 from mtp_jax.files import read_json, whole_or_absent, write_json
 from mtp_jax.locate import bundled_adapter, find_folder
 from mtp_jax.model.base import Base
@@ -188,18 +188,19 @@ def open_adapter(name: str, base: Base) -> Adapter:
     config, of_engine = read_json(where), where.name == ENGINE_CONFIG
     trained_for = config["base"] if isinstance(config.get("base"), dict) else {}
     weights = trained_for.get("weights", "stored")
-    if weights != base.weights:
-        raise UserError(
-            f"{folder}: this adapter was trained on weights held as {weights}, but the base model's are held as "
-            f"{base.weights}: another model. Ask for {weights} (--weights {weights}; in a config model.weights)."
-        )
     known = trained_for.get("fingerprint"), trained_for.get("values")
-    if base.fingerprint not in known and base.values not in known:
+    same = replace(base, g=replace(base.g, int8=weights == "int8"))  # the base, held as it was when this was trained
+    if same.fingerprint not in known and same.values not in known:
         raise UserError(
             f"{folder}: this adapter was trained for {trained_for.get('name', 'another base')} (fingerprint "
             f"{str(trained_for.get('fingerprint'))[:12]}), but the base model is {base.folder.name} (fingerprint "
-            f"{base.fingerprint[:12]}). If it is the same model, saved anew, make base.fingerprint in {where.name} "
-            f"{base.fingerprint}."
+            f"{same.fingerprint[:12]}). If it is the same model, saved anew, make base.fingerprint in {where.name} "
+            f"{same.fingerprint}."
+        )
+    if weights != base.weights:
+        warn(
+            f"{folder}: was trained on weights held as {weights}; drafts for weights held as {base.weights} may fit "
+            f"less well (--weights {weights}; in a config model.weights)."
         )
     items: dict[tuple[str, ...], np.ndarray] = {}
     dtypes, faults = [], []

@@ -1,22 +1,25 @@
 """The C++ calls: products against numpy in float64, all layers of a step against XLA's; without a compiler too."""
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from whole_numbers import quantised
+from whole_numbers import can_round, quantised
 
 from mtp_jax.cpu import fastest_forward, native
 from mtp_jax.cpu.forward import CpuForward
 from mtp_jax.cpu.native import largest, narrow, pack, times
 from mtp_jax.decoding.drafting import choose_drafts
 from mtp_jax.decoding.forward import XlaForward
+from mtp_jax.errors import UserError
 from mtp_jax.model.attention import LayerCache
 from mtp_jax.model.decoder import Decoder
 from mtp_jax.model.geometry import Geometry
+from mtp_jax.model.int8 import quantise
 from mtp_jax.model.step_rows import MaskRows
 from mtp_jax.model.weights import PROJECTIONS, init_params, unstack_layers
 from mtp_jax.mtp.adapter import AdapterShape
@@ -32,6 +35,7 @@ def _built():
 
 
 needs_compiler = pytest.mark.skipif(not _built(), reason="needs a C++ compiler")
+needs_rounding = pytest.mark.skipif(not can_round(), reason="needs a C++ compiler and a processor with AVX-512 VNNI")
 DRAW = np.random.default_rng(0)
 
 
@@ -54,6 +58,33 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
     whole = np.asarray(times(x, w))
     for rows in (1, 3, 8, 12, 17):
         assert (np.asarray(times(x[:rows], w)) == whole[:rows]).all()
+
+
+def whole_by_blocks(x):
+    """Rows as whole numbers with a scale for each 32 of them, multiplied out."""
+    out = np.zeros(x.shape)
+    for at in range(0, x.shape[1], 32):
+        block = x[:, at : at + 32].astype(np.float32)
+        scale = np.abs(block).max(axis=1, keepdims=True) / np.float32(127)
+        out[:, at : at + 32] = np.rint(block / scale) * scale
+    return out
+
+
+@needs_rounding
+@pytest.mark.parametrize("K", [64, 72, 101])
+@pytest.mark.parametrize("rows", [1, 3, 7, 25])
+def test_products_of_rounded_rows_are_those_of_numpy_and_do_not_depend_on_the_rows_beside_them(rows, K):
+    x, (values, scale) = normal(25, K), quantise(normal(K, 101))
+    x[2] = 0.0
+    w = pack(jnp.asarray(values), scale=jnp.asarray(scale), rounds=True)
+    with np.errstate(invalid="ignore"):
+        want = np.nan_to_num(whole_by_blocks(x)) @ (values * scale).astype(float)
+    got = np.asarray(times(jnp.asarray(x[:rows]), w))
+    # A number half way between two may be rounded to either.
+    assert np.quantile(np.abs(got - want[:rows]), 0.95) < 1e-4 and np.abs(got - want[:rows]).max() < 0.1
+    assert (np.asarray(times(jnp.asarray(x), w))[:rows] == got).all()
+    exact = x @ (values * scale)
+    assert 1e-3 < np.abs(got - exact[:rows]).max() < 0.05 * np.abs(exact).max()
 
 
 @needs_compiler
@@ -104,7 +135,7 @@ B, S, REAL = 2, 40, 3
 class Step:
     """A step of a random model by C++ or by XLA: latents of real rows and of mask rows, and the cache behind it."""
 
-    def __init__(self, in_cpp, targets=PROJECTIONS, change=None, int8=False, **config):
+    def __init__(self, in_cpp, targets=PROJECTIONS, change=None, int8=False, rounds=False, **config):
         self.g = g = Geometry.from_config(BASE | config)
         draw = np.random.default_rng(0)
         params = init_params(g, jax.random.key(0))
@@ -115,7 +146,7 @@ class Step:
         if int8:
             self.g, params = g, params = quantised(params, g)
         shape, model = AdapterShape(5, 8, 8.0, targets, "none"), Decoder(g, scanned=False)
-        self.forward = CpuForward(model, shape, "") if in_cpp else XlaForward(model, shape)
+        self.forward = CpuForward(model, shape, "", rounds) if in_cpp else XlaForward(model, shape)
         self.variables = self.forward.prepare(
             unstack_layers(params), {"lora": lora, "mtp": {"masks": jnp.zeros((5, 1))}}
         )
@@ -143,6 +174,49 @@ def test_a_step_is_that_of_xla(name, first):
     ways = [Step(in_cpp, **GEOMETRIES[name])(first=first) for in_cpp in (True, False)]
     for got, expected in zip(*map(jax.tree.leaves, ways), strict=True):
         assert np.abs(got - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+@needs_rounding
+def test_a_step_of_rounded_rows_is_near_that_of_xla():
+    config = GEOMETRIES["whole numbers"]
+    ways = Step(True, rounds=True, **config)(), Step(False, **config)()
+    for got, exact in zip(*map(jax.tree.leaves, ways), strict=True):
+        assert 1e-4 < np.abs(got - exact).max() / np.abs(exact).max() < 0.1
+
+
+@needs_compiler
+@pytest.mark.parametrize("rounds", [False, pytest.param(True, marks=needs_rounding)])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_text_is_the_same_to_the_last_bit_whatever_steps_it_is_cut_into(name, rounds):
+    step = Step(True, rounds=rounds, **GEOMETRIES[name] | ({"int8": True} if rounds else {}))
+    g, draw = step.g, np.random.default_rng(1)
+    tokens, embeddings = jnp.asarray(draw.integers(0, g.V, (1, 30))), jnp.asarray(normal(3, g.D))
+
+    @jax.jit
+    def rows_of(variables, tokens, start, cache, anchor):
+        masks = None
+        if anchor is not None:
+            masks = MaskRows(embeddings, jnp.full((1, 3), anchor), np.arange(1, 4), np.zeros(3, int))
+        return step.forward.rows(variables, tokens, start, cache, masks)
+
+    def cut(sizes, masked):
+        """Latents and cache; with masks two drafts stand behind a step's rows, which fall and are written over."""
+        cache = [LayerCache(*jnp.zeros((2, 1, g.K, S, g.H))) for _ in range(g.L)]
+        at, found = 0, []
+        for size in sizes:
+            rows, start, anchor = tokens[:, at : at + size], jnp.asarray([at], jnp.int32), None
+            if masked and at:
+                rows, anchor = jnp.concatenate([rows, jnp.full((1, 2), 7)], axis=1), jnp.int32(at + size - 1)
+            latents, _, cache = rows_of(step.variables, rows, start, cache, anchor)
+            found.append(latents[:, :size])
+            at += size
+        return np.concatenate(found, axis=1), [np.asarray(part[:, :, :30]) for part in jax.tree.leaves(cache)]
+
+    latents, cache = cut([17, *[1] * 13], False)
+    for sizes, masked in (([17, 13], False), ([30], False), ([9, 8, 4, 5, 1, 3], True), ([17, *[1] * 13], True)):
+        other, of_other = cut(sizes, masked)
+        assert (other == latents).all()
+        assert all((a == b).all() for a, b in zip(cache, of_other, strict=True))
 
 
 @needs_compiler
@@ -261,6 +335,18 @@ def test_only_float32_on_one_cpu_is_computed_in_cpp(monkeypatch):
     assert isinstance(fastest_forward(model, None), CpuForward)
     assert fastest_forward(narrow_model, None) == XlaForward(narrow_model, None)
     assert fastest_forward(model, None, whole=False) == XlaForward(model, None, joined=False)
+    whole, library = Decoder(replace(g, int8=True), scanned=False), native.library()
+    monkeypatch.setattr(native, "library", lambda: library._replace(rounds=True))
+    chosen = fastest_forward(whole, None, activations="int8")
+    assert chosen.rounds and chosen.build != fastest_forward(whole, None).build
+    for of in (model, narrow_model):
+        with pytest.raises(UserError, match="--activations int8: goes with --weights int8"):
+            fastest_forward(of, None, activations="int8")
+    monkeypatch.setattr(native, "library", lambda: library._replace(rounds=False))
+    with pytest.raises(UserError, match="AVX-512 VNNI"):
+        fastest_forward(whole, None, activations="int8")
+    with pytest.raises(UserError, match='should be "float" or "int8"'):
+        fastest_forward(whole, None, activations="fp8")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert fastest_forward(model, None) == XlaForward(model, None)
 

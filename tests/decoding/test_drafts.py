@@ -184,8 +184,11 @@ def test_drafts_are_of_the_draft_vocabulary_and_texts_of_any_token(small_folder,
     _, prompts, texts = small
     options = Options(quadratic(2), shortlist, one_head)
     generator, _ = equipped(small_folder, options=options, sampler=form, vocabulary=ODD)
-    assert [d.token_ids for d in generator.complete(prompts, NEW, 3)] == texts
+    done = generator.complete(prompts, NEW, 3)
+    assert [d.token_ids for d in done] == texts
     assert any(token % 2 == 0 for text in texts for token in text)
+    other = generator.using(one_head=not one_head).complete(prompts, NEW, 3)  # changes no draft
+    assert [d.accepted for d in other] == [d.accepted for d in done]
     processors = Processors(repetition_penalty=1.3, suppress_tokens=(5, 8))
     for chosen in (None, processors):  # what changes logits sees rows of all tokens
         decoding = Decoding(generator.forward, options, None, chosen)

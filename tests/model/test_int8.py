@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import families
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import qwix
 from exported import export, noisy_adapter
-from whole_numbers import as_floats, quantised
+from whole_numbers import as_floats, can_round, quantised
 
 import mtp_jax
 from mtp_jax.config_file import validate
@@ -28,6 +29,7 @@ from mtp_jax.mtp.adapter_folder import open_adapter
 from mtp_jax.mtp.blocks import choose_anchors
 from mtp_jax.mtp.losses import LossTerms, MultiTokenLoss
 
+needs_rounding = pytest.mark.skipif(not can_round(), reason="needs a C++ compiler and a processor with AVX-512 VNNI")
 MODELS = {"llama": {"attention_bias": True}, **{name: families.USUAL[name] for name in ("gemma2", "phi3", "qwen3_moe")}}
 
 
@@ -147,15 +149,34 @@ def test_decoding_is_lossless_and_the_int8_models_own(pair, native, monkeypatch)
     assert texts["stored", "none"] != texts["int8", "none"]
 
 
-def test_the_two_models_are_told_apart(pair):
+@needs_rounding
+def test_decoding_with_rounded_activations_is_lossless(pair):
+    model, folder = pair
+    texts = {}
+    for plan in ("none", "linear:3", "quadratic:3"):
+        options = {"plan": parse_plan(plan), "dtype": "float32", "weights": "int8", "activations": "int8"}
+        generator = mtp_jax.load(str(model), adapter=str(folder / "int8"), **options)
+        generator.stops = ()
+        texts[plan] = [done.token_ids for done in generator.complete([[5, 6, 7], [9, 10, 11, 12, 13, 14]], 40, 2)]
+    assert texts["none"] == texts["linear:3"] == texts["quadratic:3"]
+
+
+def test_the_two_models_are_told_apart(pair, capsys, tmp_path):
     model, folder = pair
     stored, int8 = (open_base(str(model), weights=weights) for weights in ("stored", "int8"))
     assert stored.fingerprint != int8.fingerprint and stored.values != int8.values
     assert dataclasses.replace(stored.g, int8=True) == int8.g
-    assert open_adapter(str(folder / "int8"), int8).digest
-    for base, weights in ((stored, "int8"), (int8, "stored")):
-        with pytest.raises(UserError, match=f"trained on weights held as {weights}.*--weights {weights}"):
-            open_adapter(str(folder / weights), base)
+    for base, weights in ((stored, "int8"), (int8, "stored"), (int8, "int8")):
+        assert open_adapter(str(folder / weights), base).digest
+        said = capsys.readouterr().err
+        assert (f"was trained on weights held as {weights}" in said) == (base.weights != weights)
+    other = json.loads((folder / "int8" / "mtp_config.json").read_text())
+    other["base"] |= {"fingerprint": "0" * 64, "values": "0" * 64}
+    shutil.copytree(folder / "int8", tmp_path / "other")
+    (tmp_path / "other" / "mtp_config.json").write_text(json.dumps(other))
+    for base in (stored, int8):
+        with pytest.raises(UserError, match="this adapter was trained for"):
+            open_adapter(str(tmp_path / "other"), base)
 
 
 def test_an_export_says_so(pair, tmp_path):
@@ -171,8 +192,10 @@ def test_the_commands_take_it(pair, command):
     model, folder = pair
     options = ("--model", model, "--adapter", folder / "int8", "--plan", "quadratic:2", "--prompt", "the cat")
     assert command("generate", *options, "--weights", "int8", "--compare").code == 0
-    refused = command("generate", *options)
-    assert refused.code == 2 and len(refused.errors) == 1 and "--weights int8" in refused.errors[0]
+    warned = command("generate", *options)
+    assert warned.code == 0 and "--weights int8" in warned.err
+    refused = command("generate", *options, "--activations", "int8")
+    assert refused.code == 2 and len(refused.errors) == 1 and "goes with --weights int8" in refused.errors[0]
 
 
 def test_transformers_would_run_another_model(pair, command, tmp_path):
