@@ -55,8 +55,8 @@ ffi::Error Product(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer w, ffi::Result
 // `args` are for each layer its norms' scales; for each group its panels, bias, a and b, each with its scales where its
 // numbers are whole; and the cache's keys and values, which `rets` alias.
 ffi::Error Layers(ffi::ThreadPool pool, Ids tokens, ffi::AnyBuffer embedding, Matrix masks, Heads cosine, Heads sine,
-                  Bounds low, Bounds high, Marks seen, Ints start, Vector final_scale, ffi::RemainingArgs args,
-                  ffi::Result<Rows> latents, ffi::RemainingRets rets, ffi::Dictionary attrs) {
+                  Bounds low, Bounds high, Marks seen, Ints start, Ints used, Vector final_scale,
+                  ffi::RemainingArgs args, ffi::Result<Rows> latents, ffi::RemainingRets rets, ffi::Dictionary attrs) {
   auto attribute = [&](const std::string& name) { return numbers(*attrs.get<Span>(name)); };
   mtp_jax::Numbers kinds = attribute("kinds"), with_bias = attribute("with_bias");
   bool head_norms = *attrs.get<int64_t>("head_norms");
@@ -100,7 +100,11 @@ ffi::Error Layers(ffi::ThreadPool pool, Ids tokens, ffi::AnyBuffer embedding, Ma
     step.K = keys.dimensions()[1], step.S = keys.dimensions()[2], step.H = keys.dimensions()[3];
     step.layers.push_back(layer);
   }
-  step.run(team(pool));
+  int64_t rows = std::clamp<int64_t>(used.typed_data()[0], 1, step.real);
+  if (rows < step.real)
+    mtp_jax::run_without_padding(step, rows, team(pool));
+  else
+    step.run(team(pool));
   return ffi::Error::Success();
 }
 
@@ -123,7 +127,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_product, Product,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<ffi::AnyBuffer>().Ret<Matrix>().Attr<Span>("ends"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_layers, Layers,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Ids>().Arg<ffi::AnyBuffer>().Arg<Matrix>().Arg<Heads>().Arg<Heads>()
-        .Arg<Bounds>().Arg<Bounds>().Arg<Marks>().Arg<Ints>().Arg<Vector>().RemainingArgs().Ret<Rows>().RemainingRets()
+        .Arg<Bounds>().Arg<Bounds>().Arg<Marks>().Arg<Ints>().Arg<Ints>().Arg<Vector>().RemainingArgs().Ret<Rows>().RemainingRets()
         .Attrs());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_largest, Largest,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Ret<Ids>());

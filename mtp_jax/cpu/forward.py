@@ -88,14 +88,15 @@ class CpuForward:
         first: bool = False,
         lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B R D"], Float[Array, "B Q D"], Cache]:
-        """What `Decoder.step` gives."""
+        """What `Decoder.step` gives, and zeros where all prompts are padding."""
         del first  # rows see only slots that hold something
         assert not isinstance(cache, LayerCache)
         g, R = self.model.g, tokens.shape[1]
         m = jnp.zeros((0, g.D)) if masks is None else masks.embeddings
         rows, (_, kinds) = step_rows(g, start, R, masks, lengths), g.kinds
         weights, norm = variables["layers"], variables["norm"]
-        x, written = layers(tokens, variables["embed"], m, rows, weights, norm, cache, kinds, g.norm_epsilon)
+        used = None if lengths is None else jnp.max(lengths - start)  # what is behind is padding
+        x, written = layers(tokens, variables["embed"], m, rows, weights, norm, cache, kinds, g.norm_epsilon, used)
         return x[:, :R], x[:, R:], written
 
     def logits(self, variables: Variables, latents: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -102,7 +102,7 @@ def largest(x: Float[Array, "... V"], count: int) -> Int[Array, "... C"]:
     return jax.ffi.ffi_call("mtp_jax_largest", out)(rows).reshape(*x.shape[:-1], count)
 
 
-_FIXED = 10  # arguments of the call for all layers before those of the first
+_FIXED = 11  # arguments of the call for all layers before those of the first
 
 
 def layers(
@@ -115,6 +115,7 @@ def layers(
     cache: Sequence[LayerCache],
     kinds: Sequence[int],
     epsilon: float,
+    used: Int[Array, ""] | int | None = None,
 ) -> tuple[Float[Array, "B R D"], list[LayerCache]]:
     """All layers of a step and the final norm, over R = real + Q rows.
 
@@ -124,6 +125,7 @@ def layers(
         masks: embeddings of the rows behind them, which meet the LoRA; of all sequences alike, or of each its own.
         norm: scale of the final norm.
         kinds: which visibility of `rows` each layer has; all rotate alike.
+        used: how many of the real rows, from the first on, are needed; the latents of others are zero. None for all.
     Returns:
         Latents, and the cache with the real rows; written in place where nothing else needs the one that was given.
     """
@@ -149,7 +151,8 @@ def layers(
     call = jax.ffi.ffi_call("mtp_jax_layers", (latents, *caches), input_output_aliases=alias)
     visible = (rows.low, rows.high, rows.own)
     y, *written = call(
-        *(tokens, embedding, masks.reshape(-1, D), rows.cos[0], rows.sin[0], *visible, rows.start, norm, *arguments),
+        *(tokens, embedding, masks.reshape(-1, D), rows.cos[0], rows.sin[0], *visible, rows.start),
+        *(jnp.asarray(real if used is None else used, jnp.int32)[None], norm, *arguments),
         **{name: _numbers(numbers) for name, numbers in shape.items()},
         head_norms=np.int64(len(first.norms) > 2),
         epsilon=np.float32(epsilon),

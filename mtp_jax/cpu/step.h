@@ -198,4 +198,37 @@ struct Step {
   }
 };
 
+// A step without its real rows from number `used` on, whose latents are then zero: prompts are padded to few lengths, and
+// most of the time that they take is spent on rows.
+inline void run_without_padding(const Step& step, int64_t used, Team& team) {
+  int64_t B = step.B, R = used + step.R - step.real, half = step.H / 2, kinds = 1;
+  for (const Layer& layer : step.layers) kinds = std::max(kinds, layer.kind + 1);
+  auto of = [&](int64_t r) { return r < used ? r : r - used + step.real; };  // the row that becomes row r
+  std::vector<int32_t> tokens(B * used), low(kinds * B * R), high(kinds * B * R);
+  std::vector<float> cosine(B * R * half), sine(B * R * half), latents(B * R * step.D);
+  std::unique_ptr<bool[]> seen(new bool[kinds * B * R * R]);
+  for (int64_t b = 0; b < B; ++b) {
+    std::copy_n(step.tokens + b * step.real, used, &tokens[b * used]);
+    for (int64_t r = 0; r < R; ++r) {
+      std::copy_n(step.cosine + (b * step.R + of(r)) * half, half, &cosine[(b * R + r) * half]);
+      std::copy_n(step.sine + (b * step.R + of(r)) * half, half, &sine[(b * R + r) * half]);
+    }
+  }
+  for (int64_t s = 0; s < kinds * B; ++s)
+    for (int64_t r = 0; r < R; ++r) {
+      int64_t from = s * step.R + of(r), to = s * R + r;
+      low[to] = step.low[from], high[to] = step.high[from];
+      for (int64_t o = 0; o < R; ++o) seen[to * R + o] = step.seen[from * step.R + of(o)];
+    }
+  Step part = step;
+  part.R = R, part.real = used, part.tokens = tokens.data(), part.latents = latents.data();
+  part.cosine = cosine.data(), part.sine = sine.data();
+  part.low = low.data(), part.high = high.data(), part.seen = seen.get();
+  part.run(team);
+  std::fill_n(step.latents, B * step.R * step.D, 0.0f);
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t r = 0; r < R; ++r)
+      std::copy_n(&latents[(b * R + r) * step.D], step.D, step.latents + (b * step.R + of(r)) * step.D);
+}
+
 }  // namespace mtp_jax

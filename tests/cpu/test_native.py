@@ -220,6 +220,24 @@ def test_a_text_is_the_same_to_the_last_bit_whatever_steps_it_is_cut_into(name, 
 
 
 @needs_compiler
+@pytest.mark.parametrize("lengths", [(20, 12), (14, 14), (12, 13)])
+def test_padding_of_prompts_is_not_computed_and_changes_nothing(lengths):
+    step, draw = Step(True), np.random.default_rng(3)
+    g, lengths = step.g, jnp.asarray(lengths, jnp.int32)
+    tokens, start = jnp.asarray(draw.integers(0, g.V, (B, 10))), jnp.full(B, 10, jnp.int32)
+    cache = [LayerCache(*draw.normal(size=(2, B, g.K, S, g.H)).astype(np.float32)) for _ in range(g.L)]
+    anchors = jnp.broadcast_to(lengths[:, None] - 1, (B, 2))
+    masks = MaskRows(jnp.asarray(normal(2, g.D)), anchors, np.asarray([1, 2]), np.zeros(2, int))
+    part = step.forward.rows(step.variables, tokens, start, jax.tree.map(jnp.copy, cache), masks, False, lengths)
+    whole = step.forward.rows(step.variables, tokens, start, jax.tree.map(jnp.copy, cache), masks)
+    used = max(int(lengths.max()) - 10, 1)
+    assert (part[0][:, :used] == whole[0][:, :used]).all() and not part[0][:, used:].any()
+    assert np.abs(part[1] - whole[1]).max() < 2e-5 * np.abs(whole[1]).max()  # masks stand nearer: sums run otherwise
+    for a, b in zip(*map(jax.tree.leaves, (part[2], whole[2])), strict=True):
+        assert (a[:, :, : 10 + used] == b[:, :, : 10 + used]).all()
+
+
+@needs_compiler
 def test_mask_rows_of_each_sequence_may_hold_embeddings_of_their_own():
     ways = [Step(in_cpp)(own=True) for in_cpp in (True, False)]
     for got, expected in zip(*map(jax.tree.leaves, ways), strict=True):
