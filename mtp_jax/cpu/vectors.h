@@ -12,7 +12,7 @@
 
 namespace mtp_jax {
 
-// Registers: accumulators for MOST rows by VECTORS of a panel, or for FEW rows by COLUMNS keys, and what they meet.
+// Registers: accumulators for MOST rows by VECTORS of a panel, or for FEW rows by COLUMNS of values, and what they meet.
 #if defined(__AVX512F__)
 constexpr int LANES = 16, MOST = 12, FEW = 6, COLUMNS = 4;
 #elif defined(__AVX__)
@@ -34,6 +34,17 @@ inline Lanes load(const float* from) {
   Lanes v;
   __builtin_memcpy(&v, from, sizeof v);
   return v;
+}
+
+// Numbers of a, and behind them of b, by their places.
+inline Lanes chosen(Lanes a, Lanes b, Wholes places) {
+#if defined(__GNUC__) && !defined(__clang__)
+  return __builtin_shuffle(a, b, places);
+#else
+  Lanes v;
+  for (int i = 0; i < LANES; ++i) v[i] = places[i] < LANES ? a[places[i]] : b[places[i] - LANES];
+  return v;
+#endif
 }
 
 // Whole numbers. Compilers widen vectors of them one number at a time unless they are told the instruction.
