@@ -72,7 +72,7 @@ def comparison(
     same = sum(x.token_ids == y.token_ids for x, y in zip(drafted, plain, strict=True))
     output = "another draw from the same distribution" if sampled else f"identical for {same} of {len(plain)} prompts"
     lines += [
-        f"passes saved: {1 - after / max(before, 1):.0%}",
+        f"passes saved: {1 - after / before if before else 0:.0%}",
         f"output: {output}",
         f"wall-clock: {rate / plain_rate:.2f}x of decoding without drafts",
     ]

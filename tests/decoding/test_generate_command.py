@@ -200,6 +200,8 @@ def test_a_comparison_explains_where_drafts_do_not_pay_off():
         "wall-clock: 0.67x of decoding without drafts",
     ]
     assert "a pass of 4 rows takes 3.0 times as long" in lines[5] and "2.0 times as many passes" in lines[5]
+    done = [Completion([7], [0], 0, [0, 0], 0.1, 0.1)]  # by prefill alone
+    assert "passes saved: 0%" in comparison(done, done, 1, quadratic(1), sampled=False)
     assert "another draw" in comparison(drafted, plain, 2, quadratic(1), sampled=True)[3]
     assert len(comparison(plain, plain, 1, plan(), sampled=False)) == 5
 
