@@ -36,8 +36,8 @@ def main() -> None:
     suites.add_argument(
         "--plans",
         metavar="P,...",
-        help="none, linear:M, quadratic:1..8, blocks:..., auto, lookup:K, jacobi:K, draft:K, transformers, "
-        f"transformers lookup ({_PLANS}; of a model without adapter none)",
+        help="none, linear:M, quadratic:1..8, blocks:..., auto, lookup:K, quadratic:M+lookup:K, jacobi:K, draft:K, "
+        f"transformers, transformers lookup ({_PLANS}; of a model without adapter none)",
     )
     suites.add_argument("--draft-model", metavar="M", help="a smaller model with the same tokenizer, for draft:K")
     suites.add_argument("--count", type=int, default=40, metavar="N", help="questions of each suite (40); 0 for all")

@@ -117,6 +117,10 @@ class CpuForward:
         rows = _rows(table, tokens)
         return rows if scale is None else rows * scale[tokens][..., None]
 
+    def likeliest(self, logits: Float[Array, "... V"]) -> Int[Array, "..."]:
+        """The first index of the largest logit; where none is a number, the first of all."""
+        return largest(logits, 1)[..., 0]
+
     def candidates(self, scores: Float[Array, "... V"], count: int) -> Int[Array, "... C"]:
         """The `count` largest, without a sort."""
         return largest(scores, count)

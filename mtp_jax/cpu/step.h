@@ -60,6 +60,10 @@ struct Largest : Work {
     thread_local std::vector<float> tops, values;
     thread_local std::vector<int32_t> near;
     const float* numbers = x + row * V;
+    if (C == 1) {
+      y[row] = first_largest(numbers);
+      return;
+    }
     // Number v is in class v modulo their count. At least C numbers are as large as the C-th of the classes' largest.
     int64_t classes = std::min(V, std::max<int64_t>(4 * C, 64));
     tops.assign(classes, LEAST);
@@ -86,6 +90,21 @@ struct Largest : Work {
 
  private:
   static constexpr float LEAST = -std::numeric_limits<float>::infinity();
+
+  int32_t first_largest(const float* numbers) const {
+    Lanes tops[4];
+    std::fill_n(tops, 4, Lanes{} + LEAST);
+    int64_t v = 0;
+    for (; v + 4 * LANES <= V; v += 4 * LANES)
+      for (int i = 0; i < 4; ++i) {
+        Lanes next = load(numbers + v + i * LANES);
+        tops[i] = next > tops[i] ? next : tops[i];
+      }
+    float top = fold<4 * LANES>(reinterpret_cast<const float*>(tops), [](auto a, auto b) { return a > b ? a : b; });
+    for (; v < V; ++v) top = numbers[v] > top ? numbers[v] : top;
+    const float* found = std::find(numbers, numbers + V, top);
+    return static_cast<int32_t>(found == numbers + V ? 0 : found - numbers);
+  }
 
   // The C-th largest, which moves numbers about.
   float least(std::vector<float>& of) const {

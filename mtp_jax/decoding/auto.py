@@ -1,8 +1,9 @@
 """The block plan with the most expected tokens per second on this machine, from a short calibration.
 
 It measures the cost of a step by its number of rows, and acceptance by depth; from both follows what any plan gives.
-The most promising ones are run, and the fastest of those is taken. Acceptance is counted on all prompts, once, as it
-does not vary; costs are timed in turns on as few prompts as can be timed well, so that large models do not take long.
+The most promising ones are run, then the best of them with prompt lookup behind its masks, and lookup alone; the
+fastest of all is taken. Acceptance is counted on all prompts, once, as it does not vary; costs are timed in turns on as
+few prompts as can be timed well, so that large models do not take long.
 The choice is kept on disk per model, adapter, batch, device and build of the forward pass.
 """
 
@@ -29,6 +30,7 @@ _ENOUGH = 0.5  # seconds of plain decoding that are timed at a time, at least
 _COUNTED = 4  # masks of the quadratic plan that acceptance is first counted with
 _HOPELESS = 0.8  # of the best plan's tokens per second: deeper quadratic plans are then left out
 _FINALISTS = 3  # plans judged only by the cost model that are run before the choice
+_LOOKUPS = (2, 4)  # drafts by prompt lookup that are tried behind the best plan
 
 
 class Choice(NamedTuple):
@@ -147,10 +149,19 @@ def choose_plan(
     ranked = sorted(predicted, key=lambda plan: -predicted[plan])[:_FINALISTS]
     leaders = sorted(seconds, key=lambda plan: -rate(plan, seconds[plan]))[:2]
     finalists = list(dict.fromkeys([*ranked, *leaders]))
-    measure(finalists, _FINAL_ROUNDS)
-    written = {plan: tokens_per_step(run(plan, on=prompts)) for plan in finalists}
-    rates = {plan: written[plan] / step if plan in written else rate(plan, step) for plan, step in seconds.items()}
-    chosen = max(rates, key=lambda plan: rates[plan])
+    rates: dict[BlockPlan, float] = {plan: rate(plan, step) for plan, step in seconds.items()}
+
+    def judge(plans: list[BlockPlan]) -> None:
+        measure(plans, _FINAL_ROUNDS)
+        rates.update({plan: tokens_per_step(run(plan, on=prompts)) / seconds[plan] for plan in plans})
+
+    def best_of(plans: list[BlockPlan]) -> BlockPlan:
+        return max(plans, key=lambda plan: rates[plan])
+
+    judge(finalists)
+    blocks = best_of([plan for plan in rates if plan.block and not plan.floating])  # drafts whatever is accepted
+    judge([*(blocks.with_lookup(d) for d in _LOOKUPS), plain().with_lookup(_LOOKUPS[0])])
+    chosen = best_of(list(rates))
     expected = {str(plan): of for plan, of in rates.items()}
     if chosen.mask_rows:
         head = _one_head_is_faster(lambda one_head: cost(run(chosen, one_head)))
@@ -173,6 +184,6 @@ def _one_head_is_faster(seconds: Callable[[bool], float]) -> bool:
 def _identity(generator: Generator, batch_size: int) -> str:
     device = jax.devices()[0]
     of: list[Any] = [generator.identity, batch_size, device.device_kind, jax.device_count(), str(generator.dtype)]
-    of += [generator.options.shortlist, jax.__version__, generator.forward.build]
+    of += [generator.options.shortlist, jax.__version__, generator.forward.build, _LOOKUPS]
     of += [str(processors)] if (processors := generator.settings.processors) else []
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]

@@ -1,4 +1,4 @@
-"""Drafts without masks, to compare masks with: from the text so far, the base's own guesses, or a second model.
+"""Drafts without masks, to compare masks with: the base's own guesses, or a second model.
 
 A drafter takes the place of the masks, and the loop verifies its drafts as it verifies theirs. No draft is drawn: where
 tokens are sampled, the distribution that it came from is one point.
@@ -18,7 +18,6 @@ from mtp_jax.errors import UserError
 from mtp_jax.model.attention import empty_cache
 from mtp_jax.model.decoder import Cache
 
-_LONGEST = 3  # tokens that prompt lookup searches for
 # Changes logits [B, V] that stand behind the first `length` [B] of `tokens` [B, S], as those of real rows are changed.
 Process = Callable[[Array, Array, Array], Array]
 
@@ -56,49 +55,6 @@ class Drafter(Protocol):
             tokens: prompt and emitted tokens, `length` of them; what is beyond has no meaning.
             scores: the base's logits at the rows of this step; row `accepted` gave the newest token.
         """
-
-
-@dataclass(frozen=True)
-class PromptLookup:
-    """Copies what followed an earlier occurrence of the last three tokens, of the last two, or of the last one.
-
-    Of several occurrences it takes the latest that d tokens follow, or else the one that most tokens follow.
-    """
-
-    drafts: int
-
-    def __str__(self) -> str:
-        return f"lookup:{self.drafts}"
-
-    def prefill(
-        self, variables: Variables, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], slots: int, chunk: int
-    ) -> None:
-        """It has no state."""
-
-    def draft(
-        self,
-        variables: Variables,
-        state: None,
-        tokens: Int[Array, "B S"],
-        length: Int[Array, " B"],
-        scores: Float[Array, "B R V"],
-        accepted: Int[Array, " B"],
-        process: Process | None,
-    ) -> tuple[Int[Array, "B d"], Int[Array, " B"], None]:
-        """What follows the occurrence; fewer than d are valid near the end of the text, none without an occurrence."""
-        S, d = tokens.shape[1], self.drafts
-        slots = jnp.arange(S)
-        same, matched = jnp.ones_like(tokens, bool), jnp.zeros_like(tokens)
-        for n in range(1, _LONGEST + 1):  # matched: how many of the last tokens also stand right before each slot
-            last = jnp.take_along_axis(tokens, jnp.maximum(length - n, 0)[:, None], axis=1)
-            same &= (jnp.roll(tokens, n, axis=1) == last) & (slots >= n)
-            matched += same
-        follow = jnp.clip(length[:, None] - slots, 0, d)
-        rank = jnp.where((matched > 0) & (follow > 0), matched * (d + 1) + follow, 0)
-        start = S - 1 - jnp.argmax(rank[:, ::-1], axis=1, keepdims=True)  # the latest of the best
-        found = jnp.take_along_axis(rank, start, axis=1) > 0
-        valid = jnp.where(found, jnp.take_along_axis(follow, start, axis=1), 0)[:, 0]
-        return jnp.take_along_axis(tokens, jnp.minimum(start + jnp.arange(d), S - 1), axis=1), valid, None
 
 
 @dataclass(frozen=True)
@@ -197,7 +153,7 @@ class DraftModel:
 
 
 def parse_drafter(text: str, model: Forward | None = None) -> Drafter:
-    """A drafter from its name: lookup:d, jacobi:d or draft:d, with d drafts in each step.
+    """A drafter from its name: jacobi:d or draft:d, with d drafts in each step.
 
     Args:
         model: the draft model's forward, which draft:d takes (`mtp_jax.api.with_draft_model`).
@@ -206,14 +162,12 @@ def parse_drafter(text: str, model: Forward | None = None) -> Drafter:
         UserError: an unknown name, no drafts, or no draft model.
     """
     kind, _, count = text.partition(":")
-    if kind not in ("lookup", "jacobi", "draft") or not (count.isascii() and count.isdigit()):
-        raise UserError(
-            f"{text}: unknown way to draft; give lookup:d, jacobi:d or draft:d, with d drafts in each step."
-        )
+    if kind not in ("jacobi", "draft") or not (count.isascii() and count.isdigit()):
+        raise UserError(f"{text}: unknown way to draft; give jacobi:d or draft:d, with d drafts in each step.")
     if (d := int(count)) < 1:
         raise UserError(f"{text}: should have at least 1 draft.")
-    if kind == "draft":
-        if model is None:
-            raise UserError(f"{text}: there is no draft model; give one.")
-        return DraftModel(d, model)
-    return PromptLookup(d) if kind == "lookup" else Jacobi(d)
+    if kind == "jacobi":
+        return Jacobi(d)
+    if model is None:
+        raise UserError(f"{text}: there is no draft model; give one.")
+    return DraftModel(d, model)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from mtp_jax.decoding.forward import Forward, Variables
-from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, likeliest
+from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw
 from mtp_jax.model.head import as_logits
 from mtp_jax.mtp.adapter import sampler_of
 from mtp_jax.mtp.sampler import corrected_latent, read_latent
@@ -80,7 +80,7 @@ def choose_drafts(
             chosen = draw(q, fresh, None if ids is None or not short else ids[:, j])
             proposed.append(q)
         else:
-            chosen = likeliest(logits)
+            chosen = forward.likeliest(logits)
         previous = chosen if ids is None else jnp.take_along_axis(ids[:, j], chosen[:, None], axis=1)[:, 0]
         drafts.append(previous)
     chain = jnp.stack(drafts, axis=1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from mtp_jax.decoding.sampling import likeliest
 from mtp_jax.model.decoder import Cache, Decoder
 from mtp_jax.model.step_rows import MaskRows
 from mtp_jax.model.weights import Params
@@ -68,6 +69,9 @@ class Forward(Protocol):
 
     def unembedded(self, variables: Variables, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """What the base head multiplies a latent with for the logits of these tokens."""
+
+    def likeliest(self, logits: Float[Array, "... V"]) -> Int[Array, "..."]:
+        """Greedy choice: the first index of the largest logit."""
 
     def candidates(self, scores: Float[Array, "... V"], count: int) -> Int[Array, "... C"]:
         """The indices of the `count` highest scores, in no certain order."""
@@ -137,6 +141,10 @@ class XlaForward:
     def unembedded(self, variables: Variables, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Rows of the base head's table."""
         return self._apply(variables, method="head").rows(tokens)
+
+    def likeliest(self, logits: Float[Array, "... V"]) -> Int[Array, "..."]:
+        """`sampling.likeliest`."""
+        return likeliest(logits)
 
     def candidates(self, scores: Float[Array, "... V"], count: int) -> Int[Array, "... C"]:
         """On TPU, where sorting would cost more than the sampler saves, each is found with a probability of 0.99."""

@@ -15,10 +15,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mtp_jax.decoding.drafting import choose_drafts
 from mtp_jax.decoding.forward import Forward, Variables
+from mtp_jax.decoding.lookup import look_up
 from mtp_jax.decoding.options import Options
 from mtp_jax.decoding.plan import BlockPlan
 from mtp_jax.decoding.processors import Processors
-from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, likeliest, prefix, verify
+from mtp_jax.decoding.sampling import Proposal, SamplingKind, Tempering, distribution, draw, prefix, verify
 from mtp_jax.model.attention import empty_cache
 from mtp_jax.model.decoder import Cache
 from mtp_jax.model.step_rows import MaskRows
@@ -159,7 +160,7 @@ class Decoding:
         )
         scores = self._processed(self.forward.logits(variables, last)[:, None], state, empty[:, :0], limits)[:, 0]
         if self.sampling is None:
-            token = likeliest(scores)
+            token = self.forward.likeliest(scores)
         else:
             assert how is not None
             p = distribution(scores, how, self.sampling.truncated)
@@ -169,9 +170,8 @@ class Decoding:
         if self.options.drafter is not None:
             own = self.options.drafter.prefill(variables, prompts, prompt_length, slots, PREFILL_CHUNK)
             state = self._unmasked(variables, state._replace(drafter=own), scores[:, None], zeros, limits)
-        elif d:
-            drafts, proposal = self._drafts(variables, state, block, None, token, keys, limits, how)
-            state = state._replace(drafts=drafts, valid=jnp.full(B, d), proposal=proposal)
+        else:
+            state = self._drafted(variables, state, block, None, jnp.full(B, M), token, keys, limits, how)
         return state
 
     def step(self, variables: Variables, state: DecodeState, limits: Limits, how: Tempering | None) -> DecodeState:
@@ -189,15 +189,17 @@ class Decoding:
         rows = jnp.concatenate([newest, state.drafts], axis=1)
         real, latents, cache = self.forward.rows(variables, rows, start, state.cache, masks)
 
-        all_scores = None
+        all_scores: Any = None
         if self.options.one_head and plan.mask_rows:
-            every = self.forward.logits(variables, jnp.concatenate([real, latents], axis=1))
-            scores, all_scores = jnp.split(every, [d + 1], axis=1)
+            all_scores = self.forward.logits(variables, jnp.concatenate([real, latents], axis=1))
+            scores = all_scores[:, : d + 1]
         else:
             scores = self.forward.logits(variables, real)
         scores = self._processed(scores, state, state.drafts, limits)
         if self.sampling is None:
-            choice = likeliest(scores)
+            # Of all rows, where these are the logits of some: to cut rows off is to copy the others.
+            cut = all_scores is not None and self.processors is None
+            choice = self.forward.likeliest(all_scores if cut else scores)[:, : d + 1]
             accepted = self.accept(state, choice)
             token = jnp.take_along_axis(choice, accepted[:, None], axis=1)[:, 0]
         else:
@@ -211,19 +213,18 @@ class Decoding:
         emitted = _emit(emitted, state.drafts, accepted, token, limits)
         if self.options.drafter is not None:
             emitted = self._unmasked(variables, emitted, scores, accepted, limits)
-        elif plan.mask_rows:
+        else:
+            sizes = np.asarray(plan.masks)
+            block, block_scores, valid = latents, None, jnp.asarray(sizes)[accepted]
             if plan.floating:
-                block, block_scores = latents, all_scores
                 valid = jnp.where(accepted == state.valid, plan.floating, 0)
-            else:  # the block behind the last accepted row
-                sizes = np.asarray(plan.masks)
+                block_scores = None if all_scores is None else all_scores[:, d + 1 :]
+            elif plan.block:  # the block behind the last accepted row
                 begins = jnp.asarray(np.cumsum(sizes) - sizes)[accepted]
                 at = jnp.minimum(begins[:, None] + np.arange(plan.block), plan.mask_rows - 1)[..., None]
                 block = jnp.take_along_axis(latents, at, axis=1)
-                block_scores = None if all_scores is None else jnp.take_along_axis(all_scores, at, axis=1)
-                valid = jnp.asarray(sizes)[accepted]
-            drafts, proposed = self._drafts(variables, emitted, block, block_scores, token, keys, limits, how)
-            emitted = emitted._replace(drafts=drafts, valid=valid, proposal=proposed)
+                block_scores = None if all_scores is None else jnp.take_along_axis(all_scores, d + 1 + at, axis=1)
+            emitted = self._drafted(variables, emitted, block, block_scores, valid, token, keys, limits, how)
         return emitted
 
     def accept(self, state: DecodeState, choice: Int[Array, "B R"]) -> Int[Array, " B"]:
@@ -252,6 +253,29 @@ class Decoding:
         assert limits.prompt is not None
         return self.processors(scores, state.tokens, state.length, drafts, limits.prompt, limits.stop_ids)
 
+    def _drafted(
+        self,
+        variables: Variables,
+        state: DecodeState,
+        block: Float[Array, "B M D"],
+        scores: Float[Array, "B M V"] | None,
+        valid: Int[Array, " B"],
+        first: Int[Array, " B"],
+        keys: Key[Array, " B"],
+        limits: Limits,
+        how: Tempering | None,
+    ) -> DecodeState:
+        """The state with drafts behind the newest token, `first`: `valid` of a block, then by prompt lookup."""
+        plan, B = self.plan, len(valid)
+        drafts, proposal = state.drafts[:, :0], None
+        if plan.block:
+            drafts, proposal = self._drafts(variables, state, block, scores, first, keys, limits, how)
+        elif plan.drafts and self.sampling is not None:
+            proposal = Proposal(jnp.zeros((B, 0, 1), jnp.int32), jnp.zeros((B, 0, 1)))
+        if plan.lookup:
+            drafts, valid, proposal = _with_lookup(state, drafts, valid, proposal, plan.drafts)
+        return state._replace(drafts=drafts, valid=valid, proposal=proposal)
+
     def _drafts(
         self,
         variables: Variables,
@@ -263,7 +287,7 @@ class Decoding:
         limits: Limits,
         how: Tempering | None,
     ) -> tuple[Array, Proposal | None]:
-        """Drafts behind the newest token, `first`."""
+        """Drafts of a block behind the newest token, `first`."""
         sampling = None if self.sampling is None or how is None else (self.sampling, how, keys)
 
         def process(scores: Float[Array, "B V"], chain: Int[Array, "B j"]) -> Float[Array, "B V"]:
@@ -300,6 +324,27 @@ class Decoding:
 def keys_for(purpose: int, keys: Key[Array, " B"], length: Int[Array, " B"]) -> Key[Array, " B"]:
     """Fresh keys for a step of each sequence, as its length grows with every step."""
     return jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, n), purpose))(keys, length)
+
+
+def _with_lookup(
+    state: DecodeState, drafts: Int[Array, "B M"], valid: Int[Array, " B"], proposal: Proposal | None, d: int
+) -> tuple[Array, Array, Proposal | None]:
+    """d drafts, how many are valid, and their proposal: the first `valid` ones, and what the text has behind these."""
+    place = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
+    text = place(state.tokens, drafts, state.length)
+    found, count = look_up(text, state.length + valid, d)
+    behind = jnp.arange(d) - valid[:, None]  # number among the looked-up ones; below 0 for drafts of masks
+
+    def longer(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0), (0, d - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+
+    drafts = jnp.where(behind < 0, longer(drafts), jnp.take_along_axis(found, jnp.maximum(behind, 0), axis=1))
+    if proposal is not None:  # looked-up drafts are certain
+        ids, probabilities, certain = longer(proposal.ids), longer(proposal.probabilities), (behind >= 0)[..., None]
+        first = jnp.arange(ids.shape[-1]) == 0
+        ids = jnp.where(certain & first, drafts[..., None], ids)
+        proposal = Proposal(ids, jnp.where(certain, first.astype(jnp.float32), probabilities))
+    return drafts, jnp.minimum(valid + count, d), proposal
 
 
 def _emit(

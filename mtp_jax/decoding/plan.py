@@ -2,7 +2,8 @@
 
 The real rows of a step are the newest verified token and the drafts behind it. Each may have a block of masks of its
 own, whose outputs are the next drafts if that row is the last accepted one (quadratic decoding). Or one block floats:
-it stands behind the last valid draft, and is of use only where every draft was accepted (linear decoding).
+it stands behind the last valid draft, and is of use only where every draft was accepted (linear decoding). Behind the
+masks' drafts there may be some that prompt lookup finds (`decoding/lookup.py`), for a real row each.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ import numpy as np
 
 from mtp_jax.errors import UserError
 
-_FORMS = "none, linear:M, quadratic:M, blocks:M0,M1,... (masks behind each real row) or auto"
+_FORMS = (
+    "none, linear:M, quadratic:M, blocks:M0,M1,... (masks behind each real row), lookup:L, one of masks and "
+    "behind it +lookup:L, or auto"
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class BlockPlan:
 
     masks: tuple[int, ...]  # behind each real row; there is one real row more than there are drafts
     floating: int = 0  # masks of the block behind the last valid draft
+    lookup: int = 0  # of the real rows, so many are there for what prompt lookup finds
 
     def __post_init__(self) -> None:
         if self.floating and any(self.masks):
@@ -45,6 +50,10 @@ class BlockPlan:
         """All rows of a step."""
         return len(self.masks) + self.mask_rows
 
+    def with_lookup(self, d: int) -> "BlockPlan":
+        """The plan with d drafts more, which prompt lookup finds; no masks stand behind them."""
+        return BlockPlan((*self.masks, *(0,) * d), self.floating, self.lookup + d)
+
     def blocks(self) -> tuple[np.ndarray, np.ndarray]:
         """For each mask row, the real row it stands behind (-1: the last valid draft) and its number in the block."""
         anchors = [np.full(count, row) for row, count in enumerate(self.masks)] + [np.full(self.floating, -1)]
@@ -52,6 +61,9 @@ class BlockPlan:
         return np.concatenate(anchors).astype(np.int32), np.concatenate(offsets).astype(np.int32)
 
     def __str__(self) -> str:
+        if self.lookup:
+            of_masks = BlockPlan(self.masks[: -self.lookup], self.floating)
+            return f"{of_masks}+lookup:{self.lookup}" if of_masks.drafts else f"lookup:{self.lookup}"
         M = self.drafts
         if self.rows == 1:
             return "none"
@@ -88,13 +100,17 @@ def parse_plan(text: str) -> BlockPlan:
     Raises:
         UserError: an unknown plan, or one that could never draft again after a rejection.
     """
-    kind, _, rest = text.partition(":")
     if text == "none":
         return plain()
-    try:
-        numbers = [int(part) for part in rest.split(",")]
-    except ValueError:
-        numbers = []
+    name, plus, behind = text.partition("+")
+    kind, numbers = _parts(name)
+    if plus or kind == "lookup":
+        word, counts = _parts(behind) if plus else (kind, numbers)
+        if word != "lookup" or len(counts) != 1 or (plus and kind in ("lookup", "none")):
+            raise UserError(f"--plan {text}: unknown plan; give {_FORMS}.")
+        if counts[0] < 1:
+            raise UserError(f"--plan {text}: prompt lookup should give at least 1 draft.")
+        return (parse_plan(name) if plus else plain()).with_lookup(counts[0])
     if kind in ("linear", "quadratic") and len(numbers) == 1:
         if numbers[0] < 1:
             raise UserError(f"--plan {text}: should have at least 1 mask; none is plain decoding.")
@@ -115,3 +131,12 @@ def parse_plan(text: str) -> BlockPlan:
             "they should be equal."
         )
     return BlockPlan(tuple(numbers))
+
+
+def _parts(name: str) -> tuple[str, list[int]]:
+    """The word of a name such as blocks:2,1,0, and its numbers; none where one of them is no number."""
+    kind, _, rest = name.partition(":")
+    try:
+        return kind, [int(part) for part in rest.split(",")]
+    except ValueError:
+        return kind, []

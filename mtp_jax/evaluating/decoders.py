@@ -44,12 +44,13 @@ def parse_names(text: str) -> list[str]:
         if name in ("auto", *TRANSFORMERS):
             continue
         try:
-            if kind in ("lookup", "jacobi", "draft"):
-                parse_drafter(name.replace("draft:", "lookup:"))
+            if kind in ("jacobi", "draft"):
+                parse_drafter(name.replace("draft:", "jacobi:"))
             else:
                 parse_plan(name)
         except UserError as error:
-            known = ("none, auto, linear:M, quadratic:M, blocks:M0,M1,..., lookup:K, jacobi:K, draft:K", *TRANSFORMERS)
+            masks = "linear:M, quadratic:M, blocks:M0,M1,..., each perhaps with +lookup:K"
+            known = (f"none, auto, {masks}, lookup:K, jacobi:K, draft:K", *TRANSFORMERS)
             raise UserError(f"--plans {name}: {_why(error)} There are {', '.join(known)}.") from error
     return list(dict.fromkeys(found))
 
@@ -61,9 +62,10 @@ def _why(error: UserError) -> str:
 
 def _each(name: str) -> Iterator[str]:
     """quadratic:1..3 as quadratic:1, quadratic:2 and quadratic:3."""
-    found = re.fullmatch(r"(\w+):(\d+)\.\.(\d+)", name)
+    found = re.fullmatch(r"(.*\w:)(\d+)\.\.(\d+)(.*)", name)
     if found and int(found[2]) <= int(found[3]):  # refused as it is otherwise
-        yield from (f"{found[1]}:{count}" for count in range(int(found[2]), int(found[3]) + 1))
+        for count in range(int(found[2]), int(found[3]) + 1):
+            yield from _each(f"{found[1]}{count}{found[4]}")
     else:
         yield name
 
@@ -90,7 +92,7 @@ class Decoders:
                 raise UserError(
                     f"--plans {name}: would run the stored weights, another model; leave it out, or --weights int8."
                 )
-            if name not in ("auto", *TRANSFORMERS) and name.split(":")[0] in ("linear", "quadratic", "blocks"):
+            if name not in ("auto", *TRANSFORMERS) and name.split(":")[0] not in ("jacobi", "draft"):
                 generator.using(plan=parse_plan(name))  # refused where the adapter has too few masks
         if draft is not None and any(name.startswith("draft:") for name in names):
             self.drafting = with_draft_model(generator, draft, 1)
@@ -112,7 +114,7 @@ class Decoders:
             assert self.drafting is not None and isinstance(self.drafting.options.drafter, DraftModel)
             drafter = replace(self.drafting.options.drafter, drafts=int(name.partition(":")[2]))
             generator = self.drafting.using(drafter=drafter)
-        elif name.startswith(("lookup:", "jacobi:")):
+        elif name.startswith("jacobi:"):
             generator = self.generator.using(drafter=parse_drafter(name))
         else:
             plan, shape = parse_plan(name), self.generator.shape

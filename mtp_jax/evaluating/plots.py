@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mtp_jax.evaluating import paper
 from mtp_jax.evaluating.results import Results
-from mtp_jax.evaluating.tables import PLAIN, kind_of, quadratic_rows
+from mtp_jax.evaluating.tables import OF_MASKS, PLAIN, kind_of, quadratic_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ _INK, _GRID = "#24292f", "#d8dee4"
 # Of Okabe and Ito, which the colour-blind can tell apart; with a marker each, for more lines than colours.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_DRAFTING = ("quadratic", "linear", "blocks", "lookup", "jacobi")  # a step's cost is that of its rows
+_DRAFTING = (*OF_MASKS, "lookup", "jacobi")  # a step's cost is that of its rows
 
 
 class Plot(NamedTuple):

@@ -10,7 +10,8 @@ from mtp_jax.evaluating.results import Identical, Results, Row, Suite
 
 PLAIN = "none"
 _PAPER_MASKS = range(1, 9)
-_MASKS_DRAFT = ("linear", "quadratic", "blocks", "auto")
+OF_MASKS = tuple(kind + behind for behind in ("", "+lookup") for kind in ("quadratic", "linear", "blocks"))
+_MASKS_DRAFT = (*OF_MASKS, "auto")
 _WITHOUT_ADAPTER = ("lookup", "jacobi", "draft")
 
 
@@ -55,7 +56,8 @@ class Differences(NamedTuple):
 
 def kind_of(decoder: str) -> str:
     """How a decoder drafts: the name of its plan without numbers, lookup, jacobi, draft, transformers or none."""
-    return decoder.partition(":")[0].partition(" ")[0]
+    masks, plus, _ = decoder.partition("+")
+    return masks.partition(":")[0].partition(" ")[0] + ("+lookup" if plus else "")
 
 
 def quadratic_rows(results: Results) -> dict[str, dict[int, Row]]:

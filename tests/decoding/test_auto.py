@@ -10,7 +10,7 @@ from mtp_jax.decoding import auto
 from mtp_jax.decoding.auto import candidates, choose_plan, expected_tokens, survival
 from mtp_jax.decoding.generator import Completion, Generator
 from mtp_jax.decoding.options import Options
-from mtp_jax.decoding.plan import linear, parse_plan, plain, quadratic
+from mtp_jax.decoding.plan import BlockPlan, linear, parse_plan, plain, quadratic
 from mtp_jax.decoding.processors import NO_SETTINGS
 
 pytestmark = pytest.mark.quick
@@ -50,12 +50,15 @@ def test_candidates_fit_the_adapter():
 
 
 class Machine(Generator):
-    """Stands in for a generator: a step of r rows takes `cost(r)` seconds, drafts are right as SURVIVES says."""
+    """Stands in for a generator: a step of r rows takes `cost(r)` seconds, drafts of masks are right as SURVIVES says.
+
+    Each draft by prompt lookup adds `found` tokens to a step.
+    """
 
     dtype, identity, options, settings = "float32", "machine", Options(), NO_SETTINGS
 
-    def __init__(self, cost, masks=4, one_head_is_faster=True):
-        self.cost, self.runs, self.one_head_is_faster = cost, 0, one_head_is_faster
+    def __init__(self, cost, masks=4, one_head_is_faster=True, found=0.0):
+        self.cost, self.runs, self.one_head_is_faster, self.found = cost, 0, one_head_is_faster, found
         self.shape = SimpleNamespace(masks=masks)
         self.forward = SimpleNamespace(build="one")
 
@@ -68,9 +71,10 @@ class Machine(Generator):
         return SimpleNamespace(complete=complete)
 
     def complete(self, plan, prompts):
-        reach = np.concatenate([[1.0], SURVIVES[: plan.drafts], [0.0]])
+        of_masks = BlockPlan(plan.masks[: len(plan.masks) - plan.lookup], plan.floating)
+        reach = np.concatenate([[1.0], SURVIVES[: of_masks.drafts], [0.0]])
         histogram = np.round(100_000 * (reach[:-1] - reach[1:])).astype(int).tolist()
-        tokens = [0] * (1 + round(100 * expected_tokens(plan, SURVIVES)))
+        tokens = [0] * (1 + round(100 * (expected_tokens(of_masks, SURVIVES) + self.found * plan.lookup)))
         seconds = self.cost(plan.rows) * (100 - (self.one_head == self.one_head_is_faster))
         return [Completion(tokens, [], 100, histogram, 0.0, seconds) for _ in prompts]
 
@@ -91,6 +95,20 @@ def test_the_plan_with_the_most_tokens_per_second_is_taken(cost, best, tmp_path)
     rate = expected_tokens(best, SURVIVES) / cost(best.rows)
     assert abs(choice.expected[str(best)] / rate - 1) < 0.02
     assert "auto: " in str(choice)
+
+
+@pytest.mark.parametrize(
+    ("cost", "best"),
+    [
+        (lambda rows: 1.0, "quadratic:4+lookup:4"),
+        (lambda rows: 1.0 + rows / 8, "quadratic:1+lookup:4"),
+        (lambda rows: 1.0 if rows <= 3 else float(rows), "lookup:2"),
+        (lambda rows: float(rows), "none"),
+    ],
+)
+def test_prompt_lookup_is_taken_where_it_pays(cost, best):
+    choice = choose_plan(Machine(cost, found=0.3), [[1]] * 4, 1, cache=None)
+    assert str(choice.plan) == best and parse_plan(best) == choice.plan
 
 
 @pytest.mark.parametrize("faster", [False, True])

@@ -11,16 +11,20 @@ import torch
 from transformers import AutoTokenizer
 
 import mtp_jax
+from mtp_jax import api
 from mtp_jax.api import with_draft_model
 from mtp_jax.decoding import loop
-from mtp_jax.decoding.drafters import Jacobi, PromptLookup, parse_drafter
+from mtp_jax.decoding.drafters import Jacobi, parse_drafter
+from mtp_jax.decoding.lookup import look_up
 from mtp_jax.decoding.loop import Decoding, Limits
 from mtp_jax.decoding.options import Options
-from mtp_jax.decoding.plan import plain, quadratic, unmasked
+from mtp_jax.decoding.plan import parse_plan, plain, quadratic, unmasked
 from mtp_jax.decoding.processors import Processors, Settings
 from mtp_jax.errors import UserError
 from mtp_jax.model.base import open_base
 from mtp_jax.model.decoder import Decoder
+from mtp_jax.model.weights import PROJECTIONS
+from mtp_jax.mtp.adapter import AdapterShape, init_adapter
 
 NEW, CONTEXT = 40, 64
 # A random model whose text repeats itself.
@@ -71,7 +75,9 @@ def texts(base, prompts):
 
 
 def by(generator, name):
-    """The generator with the drafter of that name; it has a draft model."""
+    """The generator with the drafter of that name, or by prompt lookup; it has a draft model."""
+    if name.startswith("lookup:"):
+        return generator.using(plan=parse_plan(name))
     return generator.using(drafter=parse_drafter(name, generator.options.drafter.forward))
 
 
@@ -82,7 +88,7 @@ def test_the_text_is_that_of_plain_decoding(base, prompts, texts, name):
         done = generator.complete(prompts, NEW, batch_size)
         assert [d.token_ids for d in done] == texts
         for d in done:
-            assert len(d.accepted) == generator.options.drafter.drafts + 1 and sum(d.accepted) == d.steps
+            assert len(d.accepted) == generator.options.plan.drafts + 1 and sum(d.accepted) == d.steps
             assert sum(i * n for i, n in enumerate(d.accepted, 1)) == NEW - 1 and d.finish_reason == "length"
             assert d.emitted_by == sorted(d.emitted_by) and d.emitted_by[0] == 0 and d.emitted_by[-1] == d.steps
     assert sum(d.steps for d in done) < 3 * (NEW - 1)  # some drafts are accepted
@@ -196,9 +202,7 @@ def test_lookups_are_those_of_a_search(d):
     draw = np.random.default_rng(d)
     for letters in (1, 2, 5, 40):
         texts, lengths = draw.integers(0, letters, (300, 24)), draw.integers(1, 25, 300)
-        empty, zeros = jnp.zeros((300, 1, 1)), jnp.zeros(300, int)
-        arguments = (jnp.asarray(texts), jnp.asarray(lengths), empty, zeros, None)
-        drafts, valid, _ = jax.device_get(PromptLookup(d).draft({}, None, *arguments))
+        drafts, valid = jax.device_get(look_up(jnp.asarray(texts), jnp.asarray(lengths), d))
         assert len(set(valid.tolist())) > 1 or letters == 40
         for text, length, ours, count in zip(texts.tolist(), lengths, drafts.tolist(), valid, strict=True):
             assert ours[:count] == looked_up(text[:length], d)
@@ -212,6 +216,36 @@ def test_every_step_looks_up_in_all_that_was_emitted(base, prompts, d):
             assert drafts[:count].tolist() == looked_up(row[:length].tolist(), d)
             valid.add(int(count))
     assert valid == set(range(d + 1))
+
+
+@pytest.mark.parametrize("name", ["blocks:2,0,1+lookup:2", "linear:1+lookup:3"])
+def test_every_step_looks_up_behind_the_drafts_of_its_masks(folders, prompts, texts, name):
+    """As many of these as there are after what was accepted; the rest is what a search finds in the text and them."""
+    opened, plan = open_base(str(folders["base"])), parse_plan(name)
+    M, d = plan.block, plan.drafts
+    shape = AdapterShape(2, 4, 8.0, PROJECTIONS, "residual")
+    adapter = init_adapter(opened.g, shape, opened.load()["embed"]["embedding"], jax.random.key(1))
+    generator = api.generator(opened, Options(plan), jnp.dtype("float32"), (shape, adapter))
+    generator.stops = ()
+    assert [done.token_ids for done in generator.complete(prompts, NEW, 3)] == texts
+    seen, before = set(), None
+    for state in states(generator, prompts, NEW):
+        for i, (row, length, drafts, valid) in enumerate(
+            zip(state.tokens, state.length, state.drafts, state.valid, strict=True)
+        ):
+            if before is None:
+                of_masks = M
+            else:
+                accepted = int(length - before.length[i]) - 1
+                of_masks = plan.masks[accepted] if not plan.floating else M * (accepted == before.valid[i])
+            if state.done[i]:
+                continue
+            text = [*row[:length].tolist(), *drafts[:of_masks].tolist()]
+            found = looked_up(text, d)[: d - of_masks]
+            assert drafts[of_masks:valid].tolist() == found and valid == of_masks + len(found)
+            seen.add((of_masks, int(valid)))
+        before = state
+    assert {0, M} <= {of_masks for of_masks, _ in seen} and len(seen) > 3
 
 
 @pytest.mark.parametrize("d", [1, 4])
@@ -266,21 +300,20 @@ def test_ids_that_a_draft_model_lacks_are_read_as_its_last_one(folders, native, 
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["lookup:8", "jacobi:1"])
-def test_names_read_back(name):
-    drafter = parse_drafter(name)
-    assert str(drafter) == name and drafter == parse_drafter(name) and hash(drafter) == hash(parse_drafter(name))
-    assert type(drafter) is (PromptLookup if "lookup" in name else Jacobi)
+def test_names_read_back():
+    drafter = parse_drafter("jacobi:2")
+    assert str(drafter) == "jacobi:2" and drafter == Jacobi(2) and hash(drafter) == hash(Jacobi(2))
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("lookup", "lookup: unknown way to draft; give lookup:d, jacobi:d or draft:d"),
-        ("lookup:", "unknown way"),
-        ("lookup:x", "unknown way"),
-        ("lookup:-1", "unknown way"),
+        ("jacobi", "jacobi: unknown way to draft; give jacobi:d or draft:d"),
+        ("jacobi:", "unknown way"),
+        ("jacobi:x", "unknown way"),
+        ("jacobi:-1", "unknown way"),
+        ("lookup:2", "unknown way"),
         ("quadratic:2", "unknown way"),
         ("jacobi:0", "jacobi:0: should have at least 1 draft"),
         ("draft:4", "draft:4: there is no draft model"),
@@ -296,7 +329,7 @@ def test_a_drafter_brings_its_plan_and_a_plan_takes_its_place():
     options = Options(shortlist=9).using(drafter=Jacobi(3))
     assert (options.plan, options.drafter, options.shortlist) == (unmasked(3), Jacobi(3), 9)
     assert options.using(shortlist=7) == Options(unmasked(3), 7, drafter=Jacobi(3))
-    assert options.using(drafter=PromptLookup(2)) == Options(unmasked(2), 9, drafter=PromptLookup(2))
+    assert options.using(drafter=Jacobi(2)) == Options(unmasked(2), 9, drafter=Jacobi(2))
     assert options.using(plan=quadratic(2)) == Options(quadratic(2), 9)
     assert options.using(drafter=None) == Options(plain(), 9)
     assert Options(quadratic(2)).using(drafter=None) == Options(quadratic(2))

@@ -174,7 +174,23 @@ def test_draws_with_drafts_of_few_tokens(make, exact, shortlist):
     assert 2 <= steps < NEW - 1.02  # some drafts are accepted, not all
 
 
-@pytest.mark.parametrize("name", ["lookup:2", "jacobi:2", "draft:2"])
+@pytest.mark.parametrize("sampled_drafts", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("plan", ["lookup:2", "quadratic:1+lookup:2"])
+def test_draws_with_looked_up_drafts(make, exact, plan, sampled_drafts, monkeypatch):
+    """And the same test rejects drafts that count as less certain than they are."""
+    how = dataclasses.replace(WAYS["top-p"], sampled_drafts=sampled_drafts)
+    counts, steps = draws(make(parse_plan(plan)), how, FEW)
+    assert improbability(counts, exact(how)) > NEVER
+    assert 2 <= steps < NEW - 1.02  # some drafts are accepted, not all
+
+    def broken(p, drafts, valid, q, keys):
+        return sampling.verify(p, drafts, valid, q._replace(probabilities=q.probabilities / 9), keys)
+
+    monkeypatch.setattr(loop, "verify", broken)
+    assert improbability(draws(make(parse_plan(plan)), how, FEW)[0], exact(how)) < NEVER
+
+
+@pytest.mark.parametrize("name", ["jacobi:2", "draft:2"])
 def test_draws_with_drafts_from_elsewhere(parts, make, exact, name):
     g, params, *_ = parts
     generator, draw = make(plain()), np.random.default_rng(6)
