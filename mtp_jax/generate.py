@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument(
         "--plan",
         metavar="P",
-        help="none, linear:M, quadratic:M, blocks:M0,M1,... (masks behind each real row), one of these and +lookup:L (what "
-        "stood in the text before), lookup:L, or auto, which measures; auto with an adapter and none without by default",
+        help="none, linear:M, quadratic:M, blocks:M0,M1,... (masks behind each real row), one of these and +lookup:L "
+        "(prompt lookup), lookup:L, or auto, which measures; auto with an adapter and none without by default",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, help="0, the default, takes the likeliest token")

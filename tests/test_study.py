@@ -30,8 +30,9 @@ def at_root(monkeypatch):
 def test_every_variant_is_valid_and_costs_the_same(name, tmp_path):
     words = subject.overrides(subject.keys_of(STUDY, name), "MODEL", tmp_path / name, tmp_path)
     config = load_config(STUDY["config"], words)
-    t = config.train
-    assert t.steps * t.batch_size * t.anchors * config.mtp.masks == 122_880
+    t, M, grow = config.train, config.mtp.masks, config.mtp.grow_steps
+    masks = sum(M if step >= grow else 2 + step * (M - 2) // grow for step in range(t.steps))
+    assert masks * t.batch_size * t.anchors == pytest.approx(122_880, rel=0.003 if grow else 0)
     assert config.output_dir == str(tmp_path / name) and config.model.path == "MODEL"
     if config.data.continuations:
         assert config.data.continuations.path.startswith(str(tmp_path))
