@@ -270,7 +270,7 @@ class Decoding:
         drafts, proposal = state.drafts[:, :0], None
         if plan.block:
             drafts, proposal = self._drafts(variables, state, block, scores, first, keys, limits, how)
-        elif plan.drafts and self.sampling is not None:
+        elif plan.lookup and self.sampling is not None:
             proposal = Proposal(jnp.zeros((B, 0, 1), jnp.int32), jnp.zeros((B, 0, 1)))
         if plan.lookup:
             drafts, valid, proposal = _with_lookup(state, drafts, valid, proposal, plan.drafts)
