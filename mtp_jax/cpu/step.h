@@ -100,7 +100,8 @@ struct Largest : Work {
         Lanes next = load(numbers + v + i * LANES);
         tops[i] = next > tops[i] ? next : tops[i];
       }
-    float top = fold<4 * LANES>(reinterpret_cast<const float*>(tops), [](auto a, auto b) { return a > b ? a : b; });
+    for (int i = 1; i < 4; ++i) tops[0] = tops[i] > tops[0] ? tops[i] : tops[0];
+    float top = fold<LANES>(reinterpret_cast<const float*>(tops), [](auto a, auto b) { return a > b ? a : b; });
     for (; v < V; ++v) top = numbers[v] > top ? numbers[v] : top;
     const float* found = std::find(numbers, numbers + V, top);
     return static_cast<int32_t>(found == numbers + V ? 0 : found - numbers);

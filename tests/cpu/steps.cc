@@ -320,6 +320,7 @@ int main() {
   for (int again = 0; again < 20; ++again) {
     check_largest(5, 1000, 256, *team);
     check_largest(1, 40, 1, *team);
+    check_largest(5, 1000, 1, *team);
     check_largest(7, 300, 300, *team);
   }
   std::puts("steps agree");
