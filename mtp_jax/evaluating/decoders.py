@@ -17,7 +17,8 @@ from mtp_jax.model.base import Base
 
 Run = Callable[[list[list[int]]], list[Completion]]
 TRANSFORMERS = {"transformers": {}, "transformers lookup": {"prompt_lookup_num_tokens": 10}}
-_AUTO_PROMPTS = 8  # that auto is calibrated on
+AUTO = "auto"
+AUTO_PROMPTS = 8  # that it is calibrated on
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def parse_names(text: str) -> list[str]:
     found = ["none", *(single for name in names for single in _each(name))]
     for name in found:
         kind = name.partition(":")[0]
-        if name in ("auto", *TRANSFORMERS):
+        if name in (AUTO, *TRANSFORMERS):
             continue
         try:
             if kind in ("jacobi", "draft"):
@@ -84,7 +85,7 @@ class Decoders:
         self.names, self.generator, self.base, self.new = names, generator, base, new_tokens
         self.drafting: Generator | None = None
         for name in names:
-            if name == "auto" and generator.shape is None:
+            if name == AUTO and generator.shape is None:
                 raise UserError("--plans auto chooses how to use an adapter: give --adapter too.")
             if name.startswith("draft:") and draft is None:
                 raise UserError(f"--plans {name}: verifies drafts of a smaller model: give --draft-model too.")
@@ -92,14 +93,14 @@ class Decoders:
                 raise UserError(
                     f"--plans {name}: would run the stored weights, another model; leave it out, or --weights int8."
                 )
-            if name not in ("auto", *TRANSFORMERS) and name.split(":")[0] not in ("jacobi", "draft"):
+            if name not in (AUTO, *TRANSFORMERS) and name.split(":")[0] not in ("jacobi", "draft"):
                 generator.using(plan=parse_plan(name))  # refused where the adapter has too few masks
         if draft is not None and any(name.startswith("draft:") for name in names):
             self.drafting = with_draft_model(generator, draft, 1)
         self.theirs: dict[str, Any] = {}
 
     def at(self, batch_size: int, calibration: list[list[int]]) -> list[Decoder]:
-        """Those for a batch size; `auto` chooses on prompts of the suite. Transformers has batches of one here."""
+        """Those for a batch size; `auto` chooses on `calibration`. Transformers has batches of one here."""
         names = [name for name in self.names if name not in TRANSFORMERS or batch_size == 1]
         return [self.named(name, batch_size, calibration) for name in names]
 
@@ -107,8 +108,8 @@ class Decoders:
         """One of them."""
         if name in TRANSFORMERS:
             return Decoder(name, self._transformers(name), None, ours=False)
-        if name == "auto":
-            choice = choose_plan(self.generator, calibration[:_AUTO_PROMPTS], size, cache=None)
+        if name == AUTO:
+            choice = choose_plan(self.generator, calibration, size, cache=None)
             generator = self.generator.using(plan=choice.plan, one_head=choice.one_head)
         elif name.startswith("draft:"):
             assert self.drafting is not None and isinstance(self.drafting.options.drafter, DraftModel)

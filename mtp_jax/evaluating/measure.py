@@ -11,7 +11,7 @@ import numpy as np
 
 from mtp_jax.decoding.auto import survival
 from mtp_jax.decoding.generator import Completion, Generator, tokens_per_step
-from mtp_jax.evaluating.decoders import PLAIN, Decoder
+from mtp_jax.evaluating.decoders import AUTO, PLAIN, Decoder
 from mtp_jax.evaluating.results import Identical, Interval, Row, Sample, Spread
 from mtp_jax.evaluating.suites import Asked
 from mtp_jax.evaluating.ties import TIE, departure
@@ -73,12 +73,14 @@ def rows_of(
     gap: Gap,
     estimates: Estimates,
     run_code: bool,
+    calibrated_apart: bool,
 ) -> list[Row]:
     """One row for each decoder.
 
     Args:
         reference: what plain decoding gives with batch 1.
         run_code: execute programs that the model wrote, for suites that are scored by unit tests.
+        calibrated_apart: `auto` was calibrated on questions that are not measured.
     """
     rates = {name: [_rate(done, batch_size) for done in rounds] for name, rounds in found.items()}
     scores: dict[tuple[tuple[int, ...], ...], float | None] = {}
@@ -94,7 +96,8 @@ def rows_of(
             Row(
                 suite=asked.name,
                 decoder=name,
-                plan=str(plan) if name == "auto" else None,
+                plan=str(plan) if name == AUTO else None,
+                calibrated_apart=calibrated_apart if name == AUTO else None,
                 batch_size=batch_size,
                 masks=plan.block if plan is not None and plan.mask_rows else None,
                 rows=plan.rows if plan is not None else None,

@@ -45,6 +45,7 @@ class Row(TypedDict):
     suite: str
     decoder: str  # a plan, auto, lookup:K, jacobi:K, draft:K, transformers or transformers lookup
     plan: str | None  # what auto chose, for auto
+    calibrated_apart: bool | None  # auto was calibrated on questions that are not measured, for auto
     batch_size: int
     masks: int | None  # of the longest block
     rows: int | None  # of a step

@@ -16,12 +16,12 @@ from mtp_jax.api import generator as generator_of
 from mtp_jax.decoding.generator import Generator
 from mtp_jax.decoding.options import Options
 from mtp_jax.errors import UserError
-from mtp_jax.evaluating.decoders import PLAIN, Decoders, parse_names
+from mtp_jax.evaluating.decoders import AUTO, AUTO_PROMPTS, PLAIN, Decoders, parse_names
 from mtp_jax.evaluating.measure import Estimates, decode_in_turns, estimated, rows_of, sample
 from mtp_jax.evaluating.report import write_report
 from mtp_jax.evaluating.results import Results, Row
 from mtp_jax.evaluating.results import Suite as SuiteResult
-from mtp_jax.evaluating.suites import Asked, find_suites
+from mtp_jax.evaluating.suites import Asked, Question, find_suites
 from mtp_jax.evaluating.ties import Gaps
 from mtp_jax.files import expanded
 from mtp_jax.model.base import open_base
@@ -71,7 +71,7 @@ def evaluate(wanted: Wanted) -> Results:
     options, dtype = Options(shortlist=wanted.shortlist), jnp.dtype(wanted.dtype)
     generator = generator_of(base, options, dtype, parts, activations=wanted.activations)
     decoders = Decoders(names, generator, base, draft, wanted.new_tokens)
-    prompts = {suite.name: _encoded(suite, generator) for suite in asked}
+    prompts = {suite.name: _encoded(suite.questions, suite.name, generator) for suite in asked}
     results = Results(
         format=1,
         model=wanted.model,
@@ -102,8 +102,11 @@ def evaluate(wanted: Wanted) -> Results:
         for suite in asked:
             results["suites"].append(_described(suite))
             encoded, reference, estimates = prompts[suite.name], None, Estimates({}, {})
+            others = suite.others[:AUTO_PROMPTS] if AUTO in names else []
+            apart = _encoded(others, f"{suite.name}, calibration", generator)
+            calibration = apart or encoded[:AUTO_PROMPTS]
             for size in wanted.batch_sizes:
-                chosen = decoders.at(size, encoded)
+                chosen = decoders.at(size, calibration)
                 bar = progress.add_task(f"{suite.name} x{size}", total=len(chosen) * wanted.rounds)
                 advance = functools.partial(progress.advance, bar)
                 found = decode_in_turns(chosen, encoded, size, wanted.rounds, advance)
@@ -113,7 +116,16 @@ def evaluate(wanted: Wanted) -> Results:
                     if wanted.estimate and adapter is not None:
                         estimates = estimated(base, adapter, encoded, reference)
                 rows = rows_of(
-                    suite, chosen, found, size, generator, reference, gap, estimates, run_code=wanted.run_code
+                    suite,
+                    chosen,
+                    found,
+                    size,
+                    generator,
+                    reference,
+                    gap,
+                    estimates,
+                    run_code=wanted.run_code,
+                    calibrated_apart=bool(apart),
                 )
                 results["rows"] += rows
                 if shown := _most_tokens(rows):
@@ -129,8 +141,8 @@ def _check_folder(out: Path) -> None:
         raise UserError(f"--out {out}: is there already and not empty; name a new folder.")
 
 
-def _encoded(asked: Asked, generator: Generator) -> list[list[int]]:
-    return [generator.encode(q.prompt, f"{asked.name}, question {i + 1}") for i, q in enumerate(asked.questions)]
+def _encoded(questions: list[Question], where: str, generator: Generator) -> list[list[int]]:
+    return [generator.encode(q.prompt, f"{where}, question {i + 1}") for i, q in enumerate(questions)]
 
 
 def _described(asked: Asked) -> SuiteResult:

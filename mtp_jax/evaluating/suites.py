@@ -58,6 +58,7 @@ class Asked:
     suite: Suite
     source: str  # file or hub name
     questions: list[Question]
+    others: list[Question]  # of the suite, that are not asked, in an order drawn by the seed
 
 
 def _column(name: str) -> Callable[[Record], str]:
@@ -186,7 +187,7 @@ def find_suites(names: Sequence[str], count: int | None, seed: int = 0) -> list[
             stem = Path(given).name.split(".")[0]
             own = Suite(stem, stem, (), lambda record: "")
             questions = [Question(prompt, {}) for prompt in read_prompts(given)]
-            found.append(Asked(stem, own, Path(given).name, _some(questions, count, seed)))
+            found.append(Asked(stem, own, Path(given).name, *_split(questions, count, seed)))
         else:
             known = ", ".join((*(n for n in SUITES if ":" not in n), "spec_bench", *SPEC_BENCH))
             raise UserError(f"--suite {given}: unknown; give a file of prompts, or one of {known}.")
@@ -223,14 +224,15 @@ def _asked(name: str, file: str, count: int | None, seed: int) -> Asked:
     if not questions:
         raise UserError(f"{where}: holds no question of {name} ({len(records)} records).")
     source = Path(file).name if file or suite.hub is None else suite.hub.name
-    return Asked(name, suite, source, _some(questions, count, seed))
+    return Asked(name, suite, source, *_split(questions, count, seed))
 
 
-def _some(questions: list[Question], count: int | None, seed: int) -> list[Question]:
+def _split(questions: list[Question], count: int | None, seed: int) -> tuple[list[Question], list[Question]]:
+    """The questions that are asked, and the others."""
     if count is None or count >= len(questions):
-        return questions
-    chosen = np.random.default_rng(seed).permutation(len(questions))[:count]
-    return [questions[i] for i in sorted(chosen)]
+        return questions, []
+    order = np.random.default_rng(seed).permutation(len(questions))
+    return [questions[i] for i in sorted(order[:count])], [questions[i] for i in order[count:]]
 
 
 def _records(name: str, file: str) -> Iterator[Record]:

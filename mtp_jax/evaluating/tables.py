@@ -234,7 +234,9 @@ def suite_tables(results: Results, suite: Suite) -> list[Table]:
 
 def _cells(row: Row) -> tuple[Cell, ...]:
     steps, rate, speedup, same = row["tokens_per_step"], row["tokens_per_second"], row["speedup"], row["identical"]
-    chosen = f"took {row['plan']}" if row["decoder"] == "auto" and row["plan"] else ""
+    chosen = f"took {row['plan']}" if row["plan"] else ""
+    if row["calibrated_apart"] is False:
+        chosen += ", calibrated on the questions measured"
     return (
         Cell(row["decoder"], remark=chosen),
         Cell(f"{steps['mean']:.2f}", f"[{steps['low']:.2f}, {steps['high']:.2f}]") if steps else Cell(""),

@@ -64,6 +64,7 @@ def _row(suite, decoder, batch_size, rng):
         "suite": suite,
         "decoder": decoder,
         "plan": None,
+        "calibrated_apart": True if decoder == "auto" else None,
         "batch_size": batch_size,
         "masks": None,
         "rows": None,
@@ -93,7 +94,7 @@ def _row(suite, decoder, batch_size, rng):
         cost = 1 + 0.09 * (rows - 1) * batch_size**0.35 + (1.2 if kind == "draft" else 0)
         speed = mean / cost
         row |= {
-            "plan": plan if decoder != "none" and kind in ("linear", "quadratic") else None,
+            "plan": plan if decoder == "auto" else None,
             "masks": K if kind in ("linear", "quadratic") else None,
             "rows": rows,
             "steps": round(40 * 127 / mean),

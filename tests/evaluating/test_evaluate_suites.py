@@ -183,6 +183,20 @@ def test_figures_are_those_of_the_completions(evaluated, tmp_path):
     assert (tmp_path / "out" / "report.html").is_file() and "quadratic:2" in outcome.out
 
 
+@pytest.mark.parametrize("count, apart", [(1, True), (2, True), (3, False), (0, False)])
+def test_auto_is_calibrated_on_other_questions_where_there_are_any(evaluated, monkeypatch, count, apart):
+    given = []
+    monkeypatch.setattr(
+        decoders, "choose_plan", lambda g, prompts, *_, **__: given.extend(prompts) or Choice(quadratic(1), False, {})
+    )
+    results, _ = evaluated("--plans", "auto", "--count", count, "--rounds", 1)
+    assert [row["calibrated_apart"] for row in results["rows"]] == [None, apart]
+    asked = {sample["prompt"] for sample in results["samples"]}  # at most two are shown
+    wanted = set(PROMPTS) - asked if apart else set(PROMPTS)
+    generator = mtp_jax.load(MODEL, dtype="float32")
+    assert sorted(given) == sorted(generator.encode(prompt) for prompt in wanted)
+
+
 def test_a_wrong_decoder_is_a_fault(evaluated, monkeypatch):
     named = decoders.Decoders.named
 

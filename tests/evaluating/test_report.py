@@ -186,6 +186,9 @@ def test_every_decoder_has_its_figures_on_every_suite(tree):
                     assert numbers[metric] == [row["score"]]
     (auto,) = (line for line in found["GSM8K, batch 1"] if line[0].startswith("auto"))
     assert auto[0] == "auto (took quadratic:1)"
+    for row in tree["rows"]:
+        row["calibrated_apart"] = False if row["decoder"] == "auto" else None
+    assert "| auto (took quadratic:1, calibrated on the questions measured) |" in markdown(tree)
 
 
 def test_every_difference_is_listed_with_its_place(tree):

@@ -87,6 +87,8 @@ def test_some_questions_are_drawn_by_the_seed_and_keep_their_order(write):
     every = [record["question"] for record in GSM8K]
     assert first == again == sorted(first, key=every.index) and len(first) == 3
     assert first != other
+    (asked,) = find_suites([f"gsm8k={file}"], 3)
+    assert sorted(first + [q.record["question"] for q in asked.others]) == sorted(every)
 
 
 @pytest.mark.parametrize(
