@@ -2,8 +2,8 @@
 
 It measures the cost of a step by its number of rows, and acceptance by depth; from both follows what any plan gives.
 The most promising ones are run, then the best of them with prompt lookup behind its masks, and lookup alone; the
-fastest of all is taken. Acceptance is counted on all prompts, once, as it does not vary; costs are timed in turns on as
-few prompts as can be timed well, so that large models do not take long.
+fastest of all is taken. Costs are timed in turns with plain decoding, on as few prompts at a time as can be timed well;
+plans that are run for the choice take one part of the prompts after the other, so each prompt is decoded once.
 The choice is kept on disk per model, adapter, batch, device and build of the forward pass.
 """
 
@@ -25,7 +25,7 @@ from mtp_jax.files import cache_folder, read_json
 
 CACHE = "~/.cache/mtp_jax/plans"
 _DRAFTS = (1, 2, 3, 4, 6, 8)
-_ROUNDS, _FINAL_ROUNDS = 3, 7
+_ROUNDS, _FINAL_TURNS = 3, 7
 _ENOUGH = 0.5  # seconds of plain decoding that are timed at a time, at least
 _COUNTED = 4  # masks of the quadratic plan that acceptance is first counted with
 _HOPELESS = 0.8  # of the best plan's tokens per second: deeper quadratic plans are then left out
@@ -103,11 +103,11 @@ def choose_plan(
             return Choice(parse_plan(stored["plan"]), stored["one_head"], stored["expected"])
     prompts = prompts[: max(8, batch_size)]
     prompts = (prompts * batch_size)[: -(-len(prompts) // batch_size) * batch_size]  # whole batches
-    few, head = prompts[:batch_size], False
+    parts, head = [prompts[:batch_size]], False
 
     def run(plan: BlockPlan, one_head: bool | None = None, on: list[list[int]] | None = None) -> list[Completion]:
         options = {"plan": plan, "one_head": head if one_head is None else one_head}
-        return generator.using(**options).complete(few if on is None else on, new_tokens, batch_size)
+        return generator.using(**options).complete(parts[0] if on is None else on, new_tokens, batch_size)
 
     def cost(done: list[Completion]) -> float:
         """Seconds of a step: a batch goes on until its last sequence ends."""
@@ -116,27 +116,31 @@ def choose_plan(
 
     seconds: dict[BlockPlan, float] = {}
 
-    def measure(plans: list[BlockPlan], count: int = _ROUNDS) -> None:
-        """As multiples of what plain decoding took in the same round: machines slow down and speed up by the minute."""
+    def measure(plans: list[BlockPlan], turns: list[list[list[int]]]) -> list[dict[BlockPlan, list[Completion]]]:
+        """As multiples of what plain decoding took in the same turn: machines slow down and speed up by the minute."""
         together = [plain(), *(plan for plan in plans if plan != plain())]
         for plan in together:
-            run(plan)  # compiles
-        rounds = [{plan: cost(run(plan)) for plan in together} for _ in range(count)]
-        seconds.setdefault(plain(), statistics.median(taken[plain()] for taken in rounds))
+            if plan not in seconds:
+                run(plan)  # compiles
+        done = [{plan: run(plan, on=turn) for plan in together} for turn in turns]
+        taken = [{plan: cost(completions) for plan, completions in turn.items()} for turn in done]
+        seconds.setdefault(plain(), statistics.median(turn[plain()] for turn in taken))
         for plan in together[1:]:
-            seconds[plan] = statistics.median(taken[plan] / taken[plain()] for taken in rounds) * seconds[plain()]
+            seconds[plan] = statistics.median(turn[plan] / turn[plain()] for turn in taken) * seconds[plain()]
+        return done
 
     def rate(plan: BlockPlan, step: float) -> float:
         return expected_tokens(plan, survives) / step
 
     run(plain())  # compiles
-    few = prompts[: batch_size * math.ceil(_ENOUGH / max(run(plain())[0].seconds, 1e-6))]
+    size = batch_size * math.ceil(_ENOUGH / max(run(plain())[0].seconds, 1e-6))
+    parts = [prompts[at : at + size] for at in range(0, len(prompts), size)]
     head = _one_head_is_faster(lambda one_head: cost(run(quadratic(1), one_head)))
     survives = survival(run(quadratic(min(_COUNTED, generator.shape.masks)), on=prompts))
     for d in (d for d in _DRAFTS if d <= generator.shape.masks):
         if d > len(survives):
             survives = survival(run(quadratic(d), on=prompts))
-        measure([quadratic(d)])
+        measure([quadratic(d)], parts[:1] * _ROUNDS)
         best = max(rate(plan, step) for plan, step in seconds.items())
         if rate(quadratic(d), seconds[quadratic(d)]) < _HOPELESS * best:
             break
@@ -152,8 +156,9 @@ def choose_plan(
     rates: dict[BlockPlan, float] = {plan: rate(plan, step) for plan, step in seconds.items()}
 
     def judge(plans: list[BlockPlan]) -> None:
-        measure(plans, _FINAL_ROUNDS)
-        rates.update({plan: tokens_per_step(run(plan, on=prompts)) / seconds[plan] for plan in plans})
+        done = measure(plans, parts * math.ceil(_FINAL_TURNS / len(parts)))[: len(parts)]
+        for plan in plans:
+            rates[plan] = tokens_per_step([completion for turn in done for completion in turn[plan]]) / seconds[plan]
 
     def best_of(plans: list[BlockPlan]) -> BlockPlan:
         return max(plans, key=lambda plan: rates[plan])

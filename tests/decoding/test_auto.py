@@ -61,11 +61,13 @@ class Machine(Generator):
         self.cost, self.runs, self.one_head_is_faster, self.found = cost, 0, one_head_is_faster, found
         self.shape = SimpleNamespace(masks=masks)
         self.forward = SimpleNamespace(build="one")
+        self.decoded = {}
 
     def using(self, plan, one_head):
         def complete(prompts, new_tokens, batch_size):
             self.runs += 1
             self.one_head = one_head
+            self.decoded.setdefault(plan, []).extend(map(tuple, prompts))
             return self.complete(plan, prompts)
 
         return SimpleNamespace(complete=complete)
@@ -109,6 +111,16 @@ def test_the_plan_with_the_most_tokens_per_second_is_taken(cost, best, tmp_path)
 def test_prompt_lookup_is_taken_where_it_pays(cost, best):
     choice = choose_plan(Machine(cost, found=0.3), [[1]] * 4, 1, cache=None)
     assert str(choice.plan) == best and parse_plan(best) == choice.plan
+
+
+@pytest.mark.parametrize("seconds", [1e-3, 1.0])  # of a step: all prompts are timed at a time, or one
+def test_plans_that_are_compared_decode_every_prompt(seconds):
+    machine, prompts = Machine(lambda rows: seconds, found=0.3), [[n] for n in range(8)]
+    choice = choose_plan(machine, prompts, 1, cache=None)
+    compared = {parse_plan(name) for name in choice.expected} - set(map(quadratic, range(1, 4)))  # some were only timed
+    assert choice.plan in compared and len(compared) > 3
+    for plan in compared:
+        assert set(machine.decoded[plan]) == set(map(tuple, prompts))
 
 
 @pytest.mark.parametrize("faster", [False, True])
