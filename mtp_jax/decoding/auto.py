@@ -3,7 +3,7 @@
 It measures the cost of a step by its number of rows, and acceptance by depth; from both follows what any plan gives.
 The most promising ones are run, then the best of them with prompt lookup behind its masks, and lookup alone; the
 fastest of all is taken. Costs are timed in turns with plain decoding, on as few prompts at a time as can be timed well;
-plans that are run for the choice take one part of the prompts after the other, so each prompt is decoded once.
+plans that are run for the choice take one part of the prompts after the other, until each was decoded.
 The choice is kept on disk per model, adapter, batch, device and build of the forward pass.
 """
 

@@ -72,6 +72,8 @@ def evaluate(wanted: Wanted) -> Results:
     generator = generator_of(base, options, dtype, parts, activations=wanted.activations)
     decoders = Decoders(names, generator, base, draft, wanted.new_tokens)
     prompts = {suite.name: _encoded(suite.questions, suite.name, generator) for suite in asked}
+    calibrating = AUTO_PROMPTS if AUTO in names else 0
+    apart = {s.name: _encoded(s.others[:calibrating], f"{s.name}, calibration", generator) for s in asked}
     results = Results(
         format=1,
         model=wanted.model,
@@ -102,9 +104,7 @@ def evaluate(wanted: Wanted) -> Results:
         for suite in asked:
             results["suites"].append(_described(suite))
             encoded, reference, estimates = prompts[suite.name], None, Estimates({}, {})
-            others = suite.others[:AUTO_PROMPTS] if AUTO in names else []
-            apart = _encoded(others, f"{suite.name}, calibration", generator)
-            calibration = apart or encoded[:AUTO_PROMPTS]
+            calibration = apart[suite.name] or encoded[:AUTO_PROMPTS]
             for size in wanted.batch_sizes:
                 chosen = decoders.at(size, calibration)
                 bar = progress.add_task(f"{suite.name} x{size}", total=len(chosen) * wanted.rounds)
@@ -125,7 +125,7 @@ def evaluate(wanted: Wanted) -> Results:
                     gap,
                     estimates,
                     run_code=wanted.run_code,
-                    calibrated_apart=bool(apart),
+                    calibrated_apart=bool(apart[suite.name]),
                 )
                 results["rows"] += rows
                 if shown := _most_tokens(rows):
