@@ -106,8 +106,8 @@ def test_the_demos_adapter_is_small_and_what_its_card_says():
     summary = config["training"]
     for said in (f"{summary['trained_parameters']:,} parameters", f"{summary['mask_rows']:,} mask rows"):
         assert said in card
-    assert f"{summary['steps']} steps" in card and "configs/smollm2_135m.yaml" in card
-    recipe = yaml.safe_load((Path(__file__).parents[1] / "configs" / "smollm2_135m.yaml").read_text())
+    assert f"{summary['steps']} steps" in card and "configs/bundled_smollm2_135m.yaml" in card
+    recipe = yaml.safe_load((Path(__file__).parents[1] / "configs" / "bundled_smollm2_135m.yaml").read_text())
     assert (recipe["lora"]["rank"], recipe["mtp"]["masks"]) == (config["rank"], config["masks"])
 
 
